@@ -1,0 +1,1 @@
+"""One stage each: a component takes artifacts and settings and makes one artifact."""

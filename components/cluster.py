@@ -1,0 +1,43 @@
+"""The Ray cluster that components run on: the one that `RAY_ADDRESS` names, or a local one for this command."""
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+def connect() -> None:
+    """Join the cluster, or start a local one; nothing happens where this process is connected already."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if not os.environ.get("RAY_ADDRESS") and "RAY_AUTH_MODE" not in os.environ:
+        # A token of this command's own; Ray would otherwise leave one in the home folder.
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+    import ray
+
+    if ray.is_initialized():
+        return
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False, logging_level="warning")
+        return
+    # A machine with one core still has to place a task beside a waiting one.
+    ray.init(
+        num_cpus=max(2, os.cpu_count() or 1),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="warning",
+    )
+
+
+@contextmanager
+def disconnecting() -> Iterator[None]:
+    """Leave the cluster at the end (a local one ends with it), unless somebody else had connected before."""
+    import sys
+
+    before = "ray" in sys.modules and sys.modules["ray"].is_initialized()
+    try:
+        yield
+    finally:
+        if not before and "ray" in sys.modules and sys.modules["ray"].is_initialized():
+            sys.modules["ray"].shutdown()

@@ -1,0 +1,61 @@
+"""What every component agrees on: stores, leases, manifests, settings, tracking, and the runner."""
+
+from components.contract.component import Component, Job, Settings, recipe, run_field, run_part
+from components.contract.console import Console, say
+from components.contract.digest import artifact_digest, canonical_json, fingerprint, sha256_of
+from components.contract.lease import Guard, Lease, LeaseLost, acquire, holder
+from components.contract.manifest import (
+    MANIFEST,
+    Artifact,
+    FileEntry,
+    Manifest,
+    open_artifact,
+    read_artifact,
+    remove_artifact,
+    verify,
+)
+from components.contract.runner import Outcome, Workspace, run_component
+from components.contract.secrets import refuse_secrets
+from components.contract.store import Entry, Folder, Stat, Store, StoreError, open_store
+from components.contract.tracking import TrackedRun, Tracking, TrackingError
+
+__all__ = [
+    "MANIFEST",
+    "Artifact",
+    "Component",
+    "Console",
+    "Entry",
+    "FileEntry",
+    "Folder",
+    "Guard",
+    "Job",
+    "Lease",
+    "LeaseLost",
+    "Manifest",
+    "Outcome",
+    "Settings",
+    "Stat",
+    "Store",
+    "StoreError",
+    "TrackedRun",
+    "Tracking",
+    "TrackingError",
+    "Workspace",
+    "acquire",
+    "artifact_digest",
+    "canonical_json",
+    "fingerprint",
+    "holder",
+    "open_artifact",
+    "open_store",
+    "read_artifact",
+    "recipe",
+    "refuse_secrets",
+    "remove_artifact",
+    "run_component",
+    "run_field",
+    "run_part",
+    "say",
+    "sha256_of",
+    "verify",
+]

@@ -1,0 +1,126 @@
+"""What a component is: a name, a version, settings in two halves, and one method that makes one artifact."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import pydantic
+from pydantic.fields import FieldInfo
+
+if TYPE_CHECKING:
+    from components.contract.lease import Lease
+    from components.contract.manifest import Artifact
+    from components.contract.runner import Workspace
+    from components.contract.store import Folder
+    from components.contract.tracking import TrackedRun
+
+
+class Settings(pydantic.BaseModel):
+    """The base of every component's settings: frozen, no unknown keys, every field described.
+
+    A field made with `run_field` belongs to the run; all others are the recipe and enter the digest.
+    """
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        bare = [name for name, info in cls.model_fields.items() if not info.description]
+        if bare:
+            raise TypeError(f"{cls.__name__}: fields without a description: {', '.join(bare)}")
+
+
+def run_field(default: Any, **kw: Any) -> Any:
+    """A pydantic Field for what does not change the result: workers, micro-batch, budget, intervals."""
+    return pydantic.Field(default, json_schema_extra={"run": True}, **kw)
+
+
+def recipe(settings: Settings) -> dict[str, Any]:
+    """The half of the settings that changes the result, as JSON values; nested settings are split too."""
+    return _half(settings, run=False)
+
+
+def run_part(settings: Settings) -> dict[str, Any]:
+    """The half of the settings that only says how to run, as JSON values."""
+    return _half(settings, run=True)
+
+
+def _half(settings: Settings, run: bool) -> dict[str, Any]:
+    half: dict[str, Any] = {}
+    values = settings.model_dump(mode="json")
+    for name, info in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        if _is_run(info):
+            if run:
+                half[name] = values[name]
+        elif isinstance(value, Settings):
+            inner = _half(value, run)
+            if inner or not run:
+                half[name] = inner
+        elif not run:
+            half[name] = values[name]
+    return half
+
+
+def _is_run(info: FieldInfo) -> bool:
+    extra = info.json_schema_extra
+    return isinstance(extra, dict) and extra.get("run") is True
+
+
+@dataclass
+class Job:
+    """What `Component.run` works with."""
+
+    settings: Any
+    inputs: dict[str, Artifact]
+    folder: Folder
+    """The artifact's folder: files written here become the artifact. An earlier try's files may lie in it."""
+    scratch: Path
+    """An empty local folder, gone when the run ends."""
+    run: TrackedRun
+    lease: Lease
+    workspace: Workspace
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Final metrics, for the manifest and for MLflow."""
+    notes: dict[str, Any] = field(default_factory=dict)
+    """Free JSON for the manifest, such as dropped samples by reason."""
+    prefix: str = ""
+    declared: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    def add_file(self, key: str, size: int, sha256: str) -> None:
+        """Declare a file of known size in bytes and hex sha256, so that commit need not read it back."""
+        self.declared[key] = (size, sha256)
+
+    def say(self, text: str) -> None:
+        """One plain line for the user."""
+        self.workspace.console.say(text, self.prefix)
+
+
+class Component(ABC):
+    """One stage: takes artifacts and settings, makes one artifact."""
+
+    name: ClassVar[str]
+    version: ClassVar[str]
+    """Raised whenever the same recipe would give another result."""
+    Settings: ClassVar[type[Settings]] = Settings
+    on_ray: ClassVar[bool] = True
+    """Whether `run` needs a Ray cluster."""
+
+    def check(self, settings: Any, inputs: dict[str, Artifact]) -> None:  # noqa: B027 - optional by design
+        """Raise RefusedInput for what cannot work, before any work starts."""
+
+    def external(self, settings: Any) -> dict[str, str]:
+        """Fingerprints, by name, of what enters from outside the root (see `digest.fingerprint`)."""
+        return {}
+
+    @abstractmethod
+    def run(self, job: Job) -> None:
+        """Make the artifact's files in `job.folder`, going on from what an earlier try left there."""
+
+    def still_stands(self, artifact: Artifact, workspace: Workspace) -> bool:
+        """Whether a finished artifact still counts; one that needs an entry elsewhere looks for it."""
+        return True

@@ -1,0 +1,32 @@
+"""What the user reads while a command works: plain lines on standard error, coloured on a terminal."""
+
+from __future__ import annotations
+
+import sys
+
+
+def say(text: str, prefix: str = "") -> None:
+    """Print `text` on standard error, each line with `prefix` (a component's name) before it.
+
+    Standard output is left to the final result, so that it can be piped.
+    """
+    lines = text.splitlines() or [""]
+    if sys.stderr.isatty():
+        from rich.console import Console as Terminal
+        from rich.text import Text
+
+        terminal = Terminal(stderr=True, highlight=False)
+        for line in lines:
+            head = Text(f"{prefix}  ", style="bold cyan") if prefix else Text()
+            terminal.print(head + Text(line), soft_wrap=True)
+        return
+    for line in lines:
+        print(f"{prefix}: {line}" if prefix else line, file=sys.stderr, flush=True)
+
+
+class Console:
+    """Where a workspace's lines go; a test or a service gives its own with the same one method."""
+
+    def say(self, text: str, prefix: str = "") -> None:
+        """Print one message; see `say`."""
+        say(text, prefix)

@@ -1,0 +1,273 @@
+"""Running a component: find the finished artifact, or hold its lease, make it and commit it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from components.contract import lease as leases
+from components.contract.component import Component, Job, Settings, recipe, run_part
+from components.contract.console import Console
+from components.contract.digest import artifact_digest
+from components.contract.manifest import MANIFEST, Artifact, FileEntry, Manifest, read_artifact, verify
+from components.contract.provenance import code_revision, versions
+from components.contract.store import Folder, Store
+from components.contract.tracking import PARENT_TAG, TrackedRun, Tracking, TrackingError
+from llava.errors import BudgetReached, LlavaError, Preempted, RefusedInput
+
+RUN = "run.json"  # the MLflow run of an artifact that is not finished, or whose run is not closed yet
+CHECKPOINTS = "checkpoints"
+_STOPPED = (Preempted, BudgetReached, KeyboardInterrupt, SystemExit)
+
+
+@dataclass
+class Workspace:
+    """Where components run: a store, an MLflow experiment, a parent run."""
+
+    store: Store
+    tracking: Tracking
+    parent: TrackedRun | None = None
+    wait: bool = True
+    """Wait for another holder of the same artifact; False raises AlreadyRunning."""
+    console: Console = field(default_factory=Console)
+    lease_ttl: float = leases.TTL
+    """Seconds after which a holder on another host counts as dead."""
+    cluster: Callable[[], None] = lambda: None
+    """Connects to Ray; called only before a component that needs it makes something."""
+
+    def check(self) -> None:
+        """Fail within seconds where the store or MLflow cannot be used, or not together."""
+        if self.store.local_path is not None and self.tracking.is_server:
+            raise RefusedInput(
+                f"root {self.store.uri} is a folder and MLflow is a server ({self.tracking.uri}), which "
+                "refuses to register models from local folders: give an s3:// root or a database (sqlite:///mlflow.db)"
+            )
+        self.store.probe()
+        self.tracking.check()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `run_component` gives back; `seconds` is wall time."""
+
+    artifact: Artifact
+    reused: bool
+    seconds: float
+
+
+def run_component(
+    component: Component, settings: Settings, inputs: dict[str, Artifact], workspace: Workspace
+) -> Outcome:
+    """The artifact of `component` for these settings and inputs, made now unless it is finished already.
+
+    Raises RefusedInput (also for a finished artifact whose files changed), AlreadyRunning, LeaseLost, and
+    whatever the component raises; after any of them the same call goes on from what is there.
+    """
+    started = time.monotonic()
+    plan = _Plan(component, settings, inputs, workspace)
+    artifact = plan.find()
+    reused = artifact is not None
+    if artifact is None:
+        with _held(plan) as lease:
+            # Somebody may have finished it while this process waited for the lease.
+            artifact = plan.find()
+            reused = artifact is not None
+            if artifact is None:
+                artifact = _make(plan, lease)
+    if reused:
+        plan.link(artifact)
+    return Outcome(artifact, reused, time.monotonic() - started)
+
+
+class _Plan:
+    """One artifact to be: its digest, its folder and everything that the digest is made of."""
+
+    def __init__(
+        self, component: Component, settings: Settings, inputs: dict[str, Artifact], workspace: Workspace
+    ) -> None:
+        self.component, self.settings, self.inputs, self.workspace = component, settings, inputs, workspace
+        self.recipe = recipe(settings)
+        self.lineage = {name: artifact.digest for name, artifact in inputs.items()}
+        self.external = component.external(settings)
+        self.digest = artifact_digest(
+            component.name, component.version, self.recipe, self.lineage, self.external
+        )
+        self.folder: Folder = workspace.store.sub(f"{component.name}/{self.digest[:16]}")
+
+    def say(self, text: str) -> None:
+        self.workspace.console.say(text, self.component.name)
+
+    def find(self) -> Artifact | None:
+        """The finished artifact, verified; None if it is not finished or no longer stands."""
+        artifact = read_artifact(self.folder)
+        if artifact is None:
+            return None
+        if artifact.digest != self.digest:
+            raise RefusedInput(
+                f"{self.folder.uri}/{MANIFEST} has digest {artifact.digest}, expected {self.digest}: the "
+                f"folder was copied or edited; delete {self.folder.uri} and run again"
+            )
+        verify(artifact, self.say)
+        return artifact if self.component.still_stands(artifact, self.workspace) else None
+
+    def link(self, artifact: Artifact) -> None:
+        """Tell the parent run which finished artifact was used, and close a run that a crash left open."""
+        self.say(f"finished already: {artifact.uri}")
+        run_id = artifact.manifest.mlflow_run_id
+        if self.folder.stat(RUN) is not None and run_id is not None:
+            with contextlib.suppress(LookupError):
+                _close(self, self.workspace.tracking.resume(run_id), artifact.manifest)
+        if self.workspace.parent is not None:
+            self.workspace.parent.tags(
+                {
+                    f"reused.{self.component.name}": f"{run_id} {self.digest}",
+                    f"digest.{self.component.name}": self.digest,
+                }
+            )
+
+
+@contextlib.contextmanager
+def _held(plan: _Plan) -> Iterator[leases.Lease]:
+    """The lease on the artifact; it leaves no file behind once the artifact is finished."""
+    workspace = plan.workspace
+    lease = leases.acquire(plan.folder, wait=workspace.wait, ttl=workspace.lease_ttl, say=plan.say)
+    finished = False
+    try:
+        yield lease
+        finished = True
+    finally:
+        # Whatever happened inside matters more than a lease that could not be returned: it expires by itself.
+        with contextlib.suppress(LlavaError, OSError):
+            lease.release(forget=finished)
+
+
+def _make(plan: _Plan, lease: leases.Lease) -> Artifact:
+    component = plan.component
+    component.check(plan.settings, plan.inputs)
+    if component.on_ray:
+        plan.workspace.cluster()
+    # A manifest that still lies here is one that no longer stands: from now on the artifact is unfinished.
+    plan.folder.delete(MANIFEST)
+    run = _tracked_run(plan)
+    try:
+        _describe(plan, run)
+        with tempfile.TemporaryDirectory(prefix=f"llava-{component.name}-") as scratch:
+            job = Job(
+                settings=plan.settings,
+                inputs=plan.inputs,
+                folder=plan.folder,
+                scratch=Path(scratch),
+                run=run,
+                lease=lease,
+                workspace=plan.workspace,
+                prefix=component.name,
+            )
+            component.run(job)
+        artifact = _commit(plan, job)
+    except BaseException as error:
+        with contextlib.suppress(TrackingError):
+            run.tags({"error": f"{type(error).__name__}: {error}"[:500]})
+            run.finish("KILLED" if isinstance(error, _STOPPED) else "FAILED")
+        raise
+    _close(plan, run, artifact.manifest)
+    return artifact
+
+
+def _tracked_run(plan: _Plan) -> TrackedRun:
+    """The MLflow run of this artifact: the one that an earlier try began, or a new one."""
+    tracking, parent = plan.workspace.tracking, plan.workspace.parent
+    if found := plan.folder.fetch(RUN):
+        with contextlib.suppress(LookupError, TypeError, ValueError):
+            run = tracking.resume(json.loads(found[0])["mlflow_run_id"])
+            plan.say(f"going on with {plan.folder.uri}")
+            return run
+    run = tracking.start(plan.component.name, parent)
+    plan.folder.write(RUN, json.dumps({"mlflow_run_id": run.id, "tracking_uri": tracking.uri}).encode())
+    return run
+
+
+def _describe(plan: _Plan, run: TrackedRun) -> None:
+    """Tags, params and inputs of the run; the parent run is told the digest."""
+    name, parent = plan.component.name, plan.workspace.parent
+    tags = {
+        "component": name,
+        "component_version": plan.component.version,
+        "digest": plan.digest,
+        "artifact_uri": plan.folder.uri,
+        "code": code_revision(),
+    }
+    if parent is not None:
+        # A resumed run moves under the workflow run that finishes it.
+        tags[PARENT_TAG] = parent.id
+        parent.tags({f"digest.{name}": plan.digest})
+    run.tags(tags)
+    run.params({name: plan.settings.model_dump(mode="json")})
+    for title, artifact in plan.inputs.items():
+        run.dataset(f"{title} ({artifact.manifest.component})", artifact.digest, artifact.uri)
+
+
+def _commit(plan: _Plan, job: Job) -> Artifact:
+    """Write the manifest, last and create-only, while the lease is certainly ours."""
+    job.lease.check()
+    plan.folder.delete_all(CHECKPOINTS)
+    files = _files(plan, job)
+    manifest = Manifest(
+        component=plan.component.name,
+        version=plan.component.version,
+        digest=plan.digest,
+        recipe=plan.recipe,
+        run=run_part(plan.settings),
+        inputs=plan.lineage,
+        external=plan.external,
+        files=files,
+        metrics=job.metrics,
+        notes=job.notes,
+        mlflow_run_id=job.run.id,
+        code=code_revision(),
+        versions=versions(),
+    )
+    # Hashing may have taken longer than the lease lasts.
+    job.lease.check()
+    if not plan.folder.create(MANIFEST, manifest.to_bytes()):
+        raise leases.LeaseLost(
+            f"{plan.folder.uri}: another run finished this artifact first; run again to use it"
+        )
+    return Artifact(plan.folder, manifest)
+
+
+def _files(plan: _Plan, job: Job) -> list[FileEntry]:
+    own = {leases.LEASE, RUN, MANIFEST}
+    found = {entry.key: entry.size for entry in plan.folder.list() if entry.key not in own}
+    for key, (size, _) in job.declared.items():
+        if found.get(key) != size:
+            raise LlavaError(
+                f"{plan.folder.uri}: {key} was written with {size:,} bytes, found "
+                f"{'nothing' if key not in found else f'{found[key]:,}'}: run again"
+            )
+    return [
+        FileEntry(
+            path=key,
+            size=size,
+            sha256=job.declared[key][1] if key in job.declared else plan.folder.sha256(key),
+        )
+        for key, size in found.items()
+    ]
+
+
+def _close(plan: _Plan, run: TrackedRun, manifest: Manifest) -> None:
+    """Final metrics and the end of the MLflow run. The artifact is finished: a failure here only waits."""
+    try:
+        run.metrics(manifest.metrics)
+        run.finish()
+    except TrackingError as error:
+        plan.say(
+            f"warning: the artifact is finished, its MLflow run is not closed ({error}); "
+            "the next use of the artifact tries again"
+        )
+        return
+    plan.folder.delete(RUN)

@@ -1,0 +1,156 @@
+"""What every store can do: keys and bytes under one prefix, create-only writes, compare and swap."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from llava.errors import LlavaError, RefusedInput
+
+# A name that begins like this is a store's own scratch file: never listed, never a key.
+SCRATCH = ".~"
+
+
+class StoreError(LlavaError):
+    """A store did not do what it was asked; the message names the URI."""
+
+
+@dataclass(frozen=True)
+class Stat:
+    """Size in bytes and version (changes with every write) of one key."""
+
+    size: int
+    version: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One listed key, relative to the store, with its size in bytes and its version."""
+
+    key: str
+    size: int
+    version: str
+
+
+def check_key(key: str) -> str:
+    """Return `key` if it is a plain relative path that stays under its prefix, else raise RefusedInput."""
+    parts = key.split("/")
+    if (
+        not key
+        or "\0" in key
+        or "\\" in key
+        or any(p in ("", ".", "..") or p.startswith(SCRATCH) for p in parts)
+    ):
+        raise RefusedInput(
+            f"key {key!r}: must be a relative path of plain names, such as train/part-00000.parquet"
+        )
+    return key
+
+
+class Store(ABC):
+    """Keys and bytes under one URI. Small, picklable, safe to use from several threads and processes.
+
+    Keys are relative paths with "/" between the names. A missing key is FileNotFoundError on reading.
+    """
+
+    uri: str
+
+    def read(self, key: str) -> bytes:
+        """The bytes of `key`; FileNotFoundError if there is none."""
+        found = self.fetch(key)
+        if found is None:
+            raise FileNotFoundError(f"{self.uri}/{key} does not exist")
+        return found[0]
+
+    @abstractmethod
+    def fetch(self, key: str) -> tuple[bytes, str] | None:
+        """Bytes and version of `key` as of one moment (what `swap` needs), or None."""
+
+    @abstractmethod
+    def write(self, key: str, data: bytes) -> None:
+        """Write `key` whole or not at all, over what stands there."""
+
+    @abstractmethod
+    def create(self, key: str, data: bytes) -> bool:
+        """Write `key` only if it does not exist; False if it does. Of many racers exactly one gets True."""
+
+    @abstractmethod
+    def swap(self, key: str, data: bytes, version: str) -> bool:
+        """Write `key` only if its version still is `version`; False if it changed or is gone."""
+
+    @abstractmethod
+    def stat(self, key: str) -> Stat | None:
+        """Size and version of `key`, or None."""
+
+    @abstractmethod
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        """Every key that begins with `prefix`, as S3 means it ("a" finds "ab" and "a/b"), in order."""
+
+    @abstractmethod
+    def delete(self, key: str) -> None:
+        """Delete `key`; nothing happens if it does not exist."""
+
+    @abstractmethod
+    def delete_all(self, prefix: str = "") -> None:
+        """Delete all inside the folder `prefix` ("a" means "a/..." and not "ab"); "" is the whole store."""
+
+    @abstractmethod
+    def upload(self, path: Path | str, key: str) -> None:
+        """Store the local file `path` as `key`, whole or not at all."""
+
+    @abstractmethod
+    def download(self, key: str, path: Path | str) -> None:
+        """Write `key` into the local file `path`, whole or not at all; folders above it are made."""
+
+    @abstractmethod
+    def chunks(self, key: str, size: int = 8 << 20) -> Iterator[bytes]:
+        """The bytes of `key` piece by piece, for files larger than memory."""
+
+    @abstractmethod
+    def sub(self, prefix: str) -> Store:
+        """The store for the folder `prefix` inside this one."""
+
+    @abstractmethod
+    def arrow(self) -> tuple[Any, str]:
+        """(pyarrow.fs.FileSystem, base path): what pyarrow needs to read and write under this store."""
+
+    @property
+    def local_path(self) -> Path | None:
+        """Where the store's files lie on this machine, or None if they do not."""
+        return None
+
+    def sha256(self, key: str) -> str:
+        """Hex sha256 of the bytes of `key`."""
+        digest = hashlib.sha256()
+        for chunk in self.chunks(key):
+            digest.update(chunk)
+        return digest.hexdigest()
+
+    def probe(self) -> None:
+        """Write, and write again create-only, within seconds; RefusedInput if the store cannot."""
+        self._probe_with(self)
+
+    def _probe_with(self, store: Store) -> None:
+        key = f"probe-{uuid4().hex}"
+        store.create(key, b"llava")
+        overwritten = store.create(key, b"llava")
+        store.delete(key)
+        if overwritten:
+            raise RefusedInput(
+                f"{self.uri}: the store ignores create-only writes (If-None-Match), on which finished "
+                "artifacts rest; use a store that honours conditional writes"
+            )
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.uri!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Store) and other.uri == self.uri
+
+    def __hash__(self) -> int:
+        return hash(self.uri)

@@ -1,0 +1,136 @@
+"""The component `instruct`: one Ray task per training shard of a dataset, and one for the held-out questions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+import pyarrow.parquet as pq
+
+from components.contract.component import Component, Job
+from components.contract.manifest import Artifact
+from components.contract.store import Folder
+from components.instruct.report import report
+from components.instruct.samples import SLOT, heldout_row, questions, samples, spread_over_kinds
+from components.instruct.settings import InstructSettings
+from components.shard_results import Refusals, note_refused
+from components.shard_tasks import ShardOutput, ShardTask, run_shards
+from llava.data.schema import TEXT_COLUMNS, Row, read_rows
+from llava.errors import RefusedInput
+
+DATASET = "dataset"
+
+
+class Instruct(Component):
+    """Takes `dataset` (of `shard`) and makes a dataset of conversations with the same split."""
+
+    name: ClassVar[str] = "instruct"
+    version: ClassVar[str] = "1"
+    Settings: ClassVar[type[InstructSettings]] = InstructSettings
+
+    def check(self, settings: InstructSettings, inputs: dict[str, Artifact]) -> None:
+        """Refuse an input that is no dataset."""
+        if DATASET not in inputs:
+            raise RefusedInput(f"instruct needs the input {DATASET!r}, an artifact of shard")
+        if not _files(inputs[DATASET], "train"):
+            raise RefusedInput(f"{inputs[DATASET].uri}: holds no train/*.parquet, so it is no dataset")
+
+    def run(self, job: Job) -> None:
+        """One task for each training file, one for all held-out files together, then the report."""
+        settings: InstructSettings = job.settings
+        dataset = job.inputs[DATASET]
+        train, heldout = _files(dataset, "train"), _files(dataset, "heldout")
+        tasks = [
+            ShardTask(
+                f"train-{part:05d}",
+                part,
+                _count(dataset.folder, [key]),
+                _write_training,
+                (settings, dataset.folder, key),
+            )
+            for part, key in enumerate(train)
+        ]
+        # The choice of held-out questions is even over the kinds of all of them: one task sees them all. It
+        # reads texts only, and the pictures of what it chose.
+        if heldout and settings.heldout_questions:
+            count = _count(dataset.folder, heldout)
+            arguments = (settings, dataset.folder, heldout)
+            tasks.append(ShardTask("heldout", 0, count, _write_heldout, arguments))
+        refusals = Refusals(sum(task.samples for task in tasks), settings.max_bad, "instruct.max_bad")
+        result = run_shards(job, tasks, group=settings.group, workers=settings.workers, refusals=refusals)
+        note_refused(job, result)
+        report(job, result)
+
+
+def _files(dataset: Artifact, split: str) -> list[str]:
+    return [
+        file.path
+        for file in dataset.manifest.files
+        if file.path.startswith(f"{split}/") and file.path.endswith(".parquet")
+    ]
+
+
+def _count(folder: Folder, keys: Sequence[str]) -> int:
+    system, base = folder.arrow()
+    return sum(pq.read_metadata(f"{base}/{key}", filesystem=system).num_rows for key in keys)
+
+
+def _rows(folder: Folder, keys: Sequence[str], columns: Sequence[str] | None = None) -> Iterator[Row]:
+    system, base = folder.arrow()
+    for key in keys:
+        with system.open_input_file(f"{base}/{key}") as opened:
+            yield from read_rows(pq.ParquetFile(opened), columns)
+
+
+def _write_training(output: ShardOutput, arguments: tuple[InstructSettings, Folder, str]) -> None:
+    settings, folder, key = arguments
+    for row in _rows(folder, [key]):
+        written = 0
+        for sample in samples(row, settings):
+            output.write("train", sample)
+            _measure(output, "train", sample)
+            written += 1
+        if not written:
+            output.refuse(row["id"], "nothing-to-say", _knowledge(row))
+        output.count(f"samples of a photo/{written}")
+
+
+def _write_heldout(output: ShardOutput, arguments: tuple[InstructSettings, Folder, Sequence[str]]) -> None:
+    settings, folder, keys = arguments
+    candidates = []
+    for photo, row in enumerate(_rows(folder, keys, TEXT_COLUMNS)):
+        found = questions(row, photo, settings)
+        output.count(
+            "heldout questions/photos asked about" if found else "heldout questions/photos without any"
+        )
+        candidates += found
+    chosen = spread_over_kinds(candidates, settings.heldout_questions, settings.seed)
+    output.count("heldout questions/possible", len(candidates))
+    output.count("heldout questions/chosen", len(chosen))
+    by_photo: dict[int, list] = {}
+    for question in chosen:
+        by_photo.setdefault(question.photo, []).append(question)
+    for photo, row in enumerate(_rows(folder, keys)):
+        for question in by_photo.get(photo, ()):
+            sample = heldout_row(row, question)
+            output.write("heldout", sample)
+            _measure(output, "heldout", sample)
+
+
+def _knowledge(row: Row) -> str:
+    objects = "unknown objects" if row["objects"] is None else f"{len(row['objects'])} objects"
+    return f"{len(row['captions'])} captions, {objects}"
+
+
+def _measure(output: ShardOutput, split: str, sample: Row) -> None:
+    turns = sample["conversations"] or []
+    output.count(f"type, {split}/{sample['type'] or 'as given'}")
+    for kind in sample["kinds"] or []:
+        output.count(f"kind, {split}/{kind}")
+    output.measure(f"turns, {split}", len(turns))
+    for turn in turns:
+        if turn["from"] == "human":
+            words = turn["value"].replace(SLOT, " ").split()
+            output.count(f"first words, {split}/{' '.join(words[:2])}")
+        else:
+            output.measure(f"answer words, {split}", len(turn["value"].split()))

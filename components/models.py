@@ -1,0 +1,176 @@
+"""Where a model is: MLflow's registry, and from any way to name a model to the folder that holds it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from components.contract import MANIFEST, TrackingError, open_artifact, open_store
+from components.contract.tracking import Tracking
+from llava.errors import LlavaError, RefusedInput
+
+MODEL = "model"
+"""The subfolder of an artifact that is the stock LLaVA folder."""
+
+CHAMPION, CHALLENGER = "champion", "challenger"
+
+_REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version of a registered model."""
+
+    name: str
+    version: str
+    source: str
+    """URI of the stock LLaVA folder."""
+    tags: dict[str, str]
+
+
+def resolve(uri: str, tracking: Tracking | None = None) -> str:
+    """The URI of the stock LLaVA folder that `uri` names.
+
+    `uri`: `models:/name@alias`, `models:/name/3` (looked up in `tracking`), an artifact, or a LLaVA folder.
+    Raises `RefusedInput` when there is no such model.
+    """
+    if uri.startswith("models:"):
+        named = _REGISTERED.fullmatch(uri)
+        if named is None:
+            raise RefusedInput(f"{uri}: write models:/NAME@ALIAS or models:/NAME/VERSION")
+        if tracking is None:
+            raise RefusedInput(f"{uri}: name the MLflow store in which it is registered")
+        name, alias, number = named["name"], named["alias"], named["version"]
+        database = Path(tracking.uri.removeprefix("sqlite:///"))
+        if tracking.uri.startswith("sqlite:///") and not database.is_file():
+            raise RefusedInput(
+                f"{uri}: there is no MLflow database at {database}; name the root it was trained in"
+            )
+        registry = Registry(tracking.uri)
+        found = registry.by_alias(name, alias) if alias else registry.by_version(name, number)
+        if found is None:
+            raise RefusedInput(f"{uri}: MLflow at {tracking.uri} has no such model version or alias")
+        return found.source
+    store = open_store(uri)
+    if store.stat(MANIFEST) is not None:
+        store = store.sub(MODEL)
+    if store.stat("config.json") is None:
+        raise RefusedInput(
+            f"{uri}: neither an artifact with a {MODEL}/ folder nor a LLaVA folder (no config.json)"
+        )
+    return store.uri
+
+
+def open_model(uri: str, tracking: Tracking | None = None) -> Path:
+    """The model that `uri` names (see `resolve`) as a local folder; one from S3 is a verified copy."""
+    folder = resolve(uri, tracking)
+    above, _, last = folder.rstrip("/").rpartition("/")
+    if last == MODEL and open_store(above).stat(MANIFEST) is not None:
+        return open_artifact(above).local(MODEL)
+    local = open_store(folder).local_path
+    if local is None:
+        raise RefusedInput(
+            f"{folder}: no {MANIFEST} above it says what its files must be; give an artifact, or a local folder"
+        )
+    if not (local / "config.json").is_file():
+        raise RefusedInput(f"{folder}: no config.json lies there: the model that {uri} names is gone")
+    return local
+
+
+def tracking_uri(root: str) -> str:
+    """The MLflow that belongs to `root`: `MLFLOW_TRACKING_URI`, or a database in the root (beside it: ./runs)."""
+    named = os.environ.get("MLFLOW_TRACKING_URI")
+    return named or f"sqlite:///{open_store(root).local_path or Path('runs').absolute()}/mlflow.db"
+
+
+def model_folder(model: str, root: str) -> Path:
+    """`open_model`, with the MLflow that belongs to `root`."""
+    return open_model(model, Tracking(tracking_uri(root)))
+
+
+class Registry:
+    """MLflow's model registry at one tracking URI."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+
+    def by_alias(self, name: str, alias: str) -> Version | None:
+        """The version that carries `alias`, or None."""
+        with self._errors(missing=("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")):
+            return _version(_client(self.uri).get_model_version_by_alias(name, alias))
+        return None
+
+    def by_version(self, name: str, version: str) -> Version | None:
+        """The version with that number, or None."""
+        with self._errors(missing=("RESOURCE_DOES_NOT_EXIST",)):
+            return _version(_client(self.uri).get_model_version(name, version))
+        return None
+
+    def with_tag(self, name: str, key: str, value: str) -> list[Version]:
+        """Versions of `name` whose tag `key` is `value`, the oldest first."""
+        with self._errors():
+            found = _client(self.uri).search_model_versions(
+                f"name = '{name}' and tags.`{key}` = '{value}'", max_results=1000
+            )
+        return sorted((_version(each) for each in found), key=lambda each: int(each.version))
+
+    def add(self, name: str, source: str, run_id: str | None, tags: dict[str, str]) -> Version:
+        """A new version of `name`, which is made if it does not exist."""
+        client = _client(self.uri)
+        with self._errors(missing=("RESOURCE_ALREADY_EXISTS",)):
+            client.create_registered_model(name)
+        with self._errors():
+            return _version(client.create_model_version(name, source, run_id=run_id, tags=tags))
+
+    def tag(self, version: Version, tags: dict[str, str]) -> None:
+        """Set tags of `version`."""
+        with self._errors():
+            for key, value in tags.items():
+                _client(self.uri).set_model_version_tag(version.name, version.version, key, value)
+
+    def name_as(self, version: Version, alias: str) -> None:
+        """Let `alias` point to `version`, and to no other."""
+        with self._errors():
+            _client(self.uri).set_registered_model_alias(version.name, alias, version.version)
+
+    def drop_alias(self, name: str, alias: str) -> None:
+        """Take `alias` away."""
+        with self._errors():
+            _client(self.uri).delete_registered_model_alias(name, alias)
+
+    def has_run(self, run_id: str) -> bool:
+        """Whether the MLflow run is one of this store's."""
+        with self._errors(missing=("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")):
+            _client(self.uri).get_run(run_id)
+            return True
+        return False
+
+    @contextlib.contextmanager
+    def _errors(self, missing: tuple[str, ...] = ()) -> Iterator[None]:
+        """MLflow's errors in one line that names the store; those in `missing` are passed over."""
+        try:
+            yield
+        except LlavaError:
+            raise
+        except Exception as error:
+            if getattr(error, "error_code", None) in missing:
+                return
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+            raise TrackingError(f"MLflow at {self.uri}: {reason}") from error
+
+
+@functools.lru_cache(maxsize=8)
+def _client(uri: str) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _version(found: Any) -> Version:
+    return Version(found.name, str(found.version), found.source, dict(found.tags))

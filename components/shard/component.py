@@ -1,0 +1,101 @@
+"""The component `shard`: list a source's samples, one Ray task per shard, a dataset of Parquet files at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, ClassVar
+
+from components.contract.component import Component, Job
+from components.contract.manifest import Artifact
+from components.shard.report import report
+from components.shard.settings import ShardSettings
+from components.shard.sources import SOURCES
+from components.shard.sources.base import Loaded, RefusedSample
+from components.shard_results import Refusals, note_refused
+from components.shard_tasks import ShardOutput, ShardTask, run_shards
+from llava.errors import RefusedInput
+
+READ_AHEAD = 4  # photos read at once in a task: hides a store's answer time
+
+
+class Shard(Component):
+    """Makes `train/part-*.parquet` and `heldout/part-*.parquet`; see `llava/data/schema.py` for the rows."""
+
+    name: ClassVar[str] = "shard"
+    version: ClassVar[str] = "1"
+    Settings: ClassVar[type[ShardSettings]] = ShardSettings
+
+    def check(self, settings: ShardSettings, inputs: dict[str, Artifact]) -> None:
+        """Refuse a data folder whose files are not found."""
+        SOURCES[settings.source].check(settings)
+
+    def external(self, settings: ShardSettings) -> dict[str, str]:
+        """The fingerprint of the data folder."""
+        return SOURCES[settings.source].external(settings)
+
+    def run(self, job: Job) -> None:
+        """List, cut into shards of `rows_per_shard`, run the tasks, report."""
+        settings: ShardSettings = job.settings
+        listing = SOURCES[settings.source].listing(settings)
+        if not len(listing.items):
+            raise RefusedInput(f"shard.source={settings.source}: {settings.path} lists no samples")
+        starts = range(0, len(listing.items), settings.rows_per_shard)
+        shards = [listing.items[start : start + settings.rows_per_shard] for start in starts]
+        tasks = [
+            ShardTask(f"part-{part:05d}", part, len(items), _write_shard, (settings, listing.place, items))
+            for part, items in enumerate(shards)
+        ]
+        refusals = Refusals(len(listing.items), settings.max_bad, "shard.max_bad")
+        result = run_shards(job, tasks, group=settings.group, workers=settings.workers, refusals=refusals)
+        result.counts.update(listing.counts)
+        note_refused(job, result)
+        report(job, result)
+
+
+def _write_shard(output: ShardOutput, arguments: tuple[ShardSettings, Any, Sequence[Any]]) -> None:
+    settings, place, items = arguments
+    load = SOURCES[settings.source].load
+    for outcome in _ahead(lambda item: _try(load, settings, place, item), items):
+        if isinstance(outcome, RefusedSample):
+            output.refuse(outcome.name, outcome.reason, str(outcome))
+        else:
+            output.write(outcome.split, outcome.row)
+            _measure(output, outcome)
+
+
+def _try(
+    load: Callable[..., Loaded], settings: ShardSettings, place: Any, item: Any
+) -> Loaded | RefusedSample:
+    try:
+        return load(settings, place, item)
+    except RefusedSample as refused:
+        return refused
+
+
+def _ahead(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+    """`map` in order with a few calls ahead, so that memory holds a few samples only."""
+    with ThreadPoolExecutor(READ_AHEAD) as pool:
+        for start in range(0, len(items), 4 * READ_AHEAD):
+            yield from pool.map(function, items[start : start + 4 * READ_AHEAD])
+
+
+def _measure(output: ShardOutput, loaded: Loaded) -> None:
+    row = loaded.row
+    for name in loaded.counts:
+        output.count(name)
+    if image := row.get("image"):
+        output.measure("image width, px", row["width"])
+        output.measure("image height, px", row["height"])
+        output.measure("image file, bytes", len(image["bytes"]))
+    for caption in row.get("captions", []):
+        output.measure("caption, words", len(caption.split()))
+    if turns := row.get("conversations"):
+        output.measure("conversation, turns", len(turns))
+    objects = row.get("objects")
+    if objects is None:
+        output.count("objects/photos with unknown objects")
+        return
+    output.measure("objects in a photo", len(objects))
+    for one in objects:
+        output.count(f"category/{one['category']}")

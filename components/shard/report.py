@@ -1,0 +1,65 @@
+"""What `shard` tells about its dataset: a summary for the manifest, tables and a contact sheet for MLflow."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from components.contract.component import Job
+from components.dataset_pictures import literal, sample_rows
+from components.shard_results import ShardResult
+from llava.data.images import decode
+from llava.data.schema import SPLITS, Row
+
+SHEET_COLUMNS, SHEET_ROWS = 6, 4
+CATEGORIES_IN_NOTES = 20
+
+
+def report(job: Job, result: ShardResult) -> None:
+    """Fill the job's metrics and notes, and log the pictures."""
+    rows = {split: result.rows(split) for split in SPLITS}
+    size = sum(file["size"] for file in result.files)
+    job.metrics |= {f"rows/{split}": float(count) for split, count in rows.items()}
+    job.metrics |= {"rows": float(sum(rows.values())), "bytes": float(size)}
+    categories = result.counted("category")
+    job.notes |= {
+        "rows": rows,
+        "bytes": size,
+        "figures": result.figures(),
+        "objects": {
+            "count": sum(categories.values()),
+            "categories": len(categories),
+            "most frequent": dict(list(categories.items())[:CATEGORIES_IN_NOTES]),
+            **result.counted("objects"),
+        },
+        "left_out": result.counted("boxes-left-out") | _listed_twice(result),
+    }
+    job.run.figure(contact_sheet(sample_rows(job.folder, result, SHEET_COLUMNS * SHEET_ROWS)), "samples.png")
+    if categories:
+        table: dict[str, list[Any]] = {"category": [*categories], "objects": [*categories.values()]}
+        job.run.table(table, "categories.json")
+    refused = result.refused_by_reason()
+    told = ", ".join(f"{count} x {reason}" for reason, count in refused.items()) or "none"
+    job.say(f"{rows['train']:,} rows for training, {rows['heldout']:,} held out, refused: {told}")
+
+
+def contact_sheet(rows: list[Row]) -> Figure:
+    """Pictures in a grid, each over its first caption or its first question."""
+    height = max(1, -(-len(rows) // SHEET_COLUMNS))
+    figure = Figure(figsize=(2.6 * SHEET_COLUMNS, 3.0 * height), layout="constrained")
+    axes: Any = figure.subplots(height, SHEET_COLUMNS, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, row in zip(axes.flat, rows, strict=False):
+        if image := row["image"]:
+            axis.imshow(decode(image["bytes"]))
+        said = row["captions"] or [turn["value"] for turn in row["conversations"] or []] or [""]
+        axis.set_title(literal("\n".join(textwrap.wrap(said[0], 34)[:3])), fontsize=8)
+    return figure
+
+
+def _listed_twice(result: ShardResult) -> dict[str, int]:
+    count = result.counts.get("photos-listed-twice", 0)
+    return {"photos-listed-twice": count} if count else {}

@@ -1,0 +1,39 @@
+"""Source `shapes`: the tiny world of `components/shapes.py`. A sample is described by its number."""
+
+from __future__ import annotations
+
+from components import shapes
+from components.shard.settings import ShardSettings
+from components.shard.sources.base import Listing, Loaded, Source
+from llava.data.schema import Row
+
+
+def listing(settings: ShardSettings) -> Listing:
+    """The numbers of the scenes."""
+    return Listing(range(settings.scenes))
+
+
+def load(settings: ShardSettings, place: None, item: int) -> Loaded:
+    """Draw scene `item`; the scene itself says which split it belongs to."""
+    scene = shapes.scene(settings.seed, item)
+    row: Row = {
+        "id": scene.id,
+        "image": {"bytes": scene.png, "path": f"{scene.id}.png"},
+        "width": scene.width,
+        "height": scene.height,
+        "captions": list(scene.captions),
+        "objects": [{"category": category, "bbox": list(box)} for category, box in scene.objects],
+    }
+    return Loaded(scene.split, row)
+
+
+def external(settings: ShardSettings) -> dict[str, str]:
+    """Nothing enters from outside: the settings say it all."""
+    return {}
+
+
+def check(settings: ShardSettings) -> None:
+    """Nothing can be missing."""
+
+
+SOURCE = Source(external, check, listing, load)

@@ -1,0 +1,127 @@
+"""What finished shards came to: files, refused samples and figures, kept per shard and added up."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from components.contract.component import Job
+from llava.errors import LlavaError
+
+REFUSED_FILE = "refused.jsonl"
+IDS_IN_NOTES = 20
+
+
+@dataclass
+class Span:
+    """Count, sum, least and most of a figure."""
+
+    count: int = 0
+    total: float = 0.0
+    least: float = 0.0
+    most: float = 0.0
+
+    def add(self, other: Span) -> None:
+        """Take in another span."""
+        if other.count:
+            self.least = min(self.least, other.least) if self.count else other.least
+            self.most = max(self.most, other.most) if self.count else other.most
+            self.count += other.count
+            self.total += other.total
+
+    @property
+    def mean(self) -> float:
+        """The mean; 0 for nothing."""
+        return self.total / self.count if self.count else 0.0
+
+
+@dataclass
+class ShardResult:
+    """What a finished shard, or several together, came to. Files: path, size, sha256, rows, split."""
+
+    files: list[dict[str, Any]] = field(default_factory=list)
+    refused: list[dict[str, str]] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    spans: dict[str, Span] = field(default_factory=dict)
+
+    def add(self, other: ShardResult) -> None:
+        """Take in another result."""
+        self.files += other.files
+        self.refused += other.refused
+        self.counts.update(other.counts)
+        for name, span in other.spans.items():
+            self.spans.setdefault(name, Span()).add(span)
+
+    def rows(self, split: str) -> int:
+        """Rows of one split."""
+        return sum(file["rows"] for file in self.files if file["split"] == split)
+
+    def refused_by_reason(self) -> dict[str, int]:
+        """How many samples were refused, by reason, the most frequent first."""
+        return dict(Counter(one["reason"] for one in self.refused).most_common())
+
+    def counted(self, prefix: str) -> dict[str, int]:
+        """The counts whose name begins with `prefix/`, without it, the most frequent first."""
+        return {
+            name.removeprefix(f"{prefix}/"): count
+            for name, count in self.counts.most_common()
+            if name.startswith(f"{prefix}/")
+        }
+
+    def figures(self) -> dict[str, dict[str, float]]:
+        """Count, mean, least and most of everything that was measured."""
+        return {
+            name: {"count": span.count, "mean": round(span.mean, 3), "least": span.least, "most": span.most}
+            for name, span in sorted(self.spans.items())
+        }
+
+    def to_json(self) -> bytes:
+        """The record of a finished shard."""
+        spans = {name: asdict(span) for name, span in self.spans.items()}
+        value = {"files": self.files, "refused": self.refused, "counts": self.counts, "spans": spans}
+        return json.dumps(value, indent=1).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> ShardResult:
+        """Read back what `to_json` wrote."""
+        value = json.loads(data)
+        spans = {name: Span(**span) for name, span in value["spans"].items()}
+        return cls(value["files"], value["refused"], Counter(value["counts"]), spans)
+
+
+class Refusals:
+    """Holds a run to its share of refused samples."""
+
+    def __init__(self, samples: int, limit: float, key: str) -> None:
+        self.samples, self.limit, self.key = samples, limit, key
+
+    def check(self, result: ShardResult) -> None:
+        """Raise LlavaError, in one line with reasons and examples, once too many samples are refused."""
+        bad = len(result.refused)
+        if bad <= self.limit * self.samples:
+            return
+        examples = {one["reason"]: one for one in reversed(result.refused)}
+        told = "; ".join(
+            f"{count} x {reason} (such as {examples[reason]['id']}: {examples[reason]['detail']})"
+            for reason, count in result.refused_by_reason().items()
+        )
+        raise LlavaError(
+            f"{bad:,} of {self.samples:,} samples refused, limit {self.key}={self.limit:g}: {told}. "
+            f"Mend the source, or raise {self.key}"
+        )
+
+
+def note_refused(job: Job, result: ShardResult) -> None:
+    """Put the refused samples into the manifest (counts, some ids) and all of them into `refused.jsonl`."""
+    by_reason: dict[str, list[str]] = {}
+    for one in result.refused:
+        by_reason.setdefault(one["reason"], []).append(one["id"])
+    job.metrics["refused"] = float(len(result.refused))
+    job.notes["refused"] = {
+        reason: {"count": len(ids), "ids": ids[:IDS_IN_NOTES]} for reason, ids in sorted(by_reason.items())
+    }
+    if result.refused:
+        lines = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in result.refused)
+        job.folder.write(REFUSED_FILE, lines.encode())

@@ -1,0 +1,222 @@
+"""One Ray task per shard: spread over the nodes, tried again, found finished after a crash, with progress.
+
+A task runs a function that writes rows into a `ShardOutput`. Its Parquet files reach the artifact's folder
+whole or not at all; after them comes the record `checkpoints/shards/<name>.json`, which says that the shard is
+finished. A later run finds the record and leaves the shard alone. The function must depend on its arguments
+only, so that a second try writes the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from components.contract.component import Job
+from components.contract.store import Folder, StoreError, open_store
+from components.shard_results import Refusals, ShardResult, Span
+from llava.data.schema import SPLITS, DatasetWriter, GroupSize, Row
+from llava.errors import LlavaError
+
+RECORDS = "checkpoints/shards"
+RETRIES = 3
+SAY_EVERY_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """What one task does: `work(output, arguments)`, a function of a module, for about `samples` samples.
+
+    `name` is the task's own; `part` numbers its files, `train/part-00000.parquet` and so on.
+    """
+
+    name: str
+    part: int
+    samples: int
+    work: Callable[[ShardOutput, Any], None]
+    arguments: Any
+
+
+class ShardOutput:
+    """Where a task's function puts its rows, its refusals and its figures."""
+
+    def __init__(self, folder: Folder, part: int, group: GroupSize, scratch: Path) -> None:
+        self.result = ShardResult()
+        self._folder, self._part, self._group, self._scratch = folder, part, group, scratch
+        self._writers: dict[str, DatasetWriter] = {}
+        self._open = ExitStack()
+
+    def write(self, split: str, row: Row) -> None:
+        """Add a row to the shard's file of `split`."""
+        if split not in SPLITS:
+            raise ValueError(f"split {split!r}: must be one of {', '.join(SPLITS)}")
+        if split not in self._writers:
+            writer = DatasetWriter(self._scratch / f"{split}.parquet", self._group)
+            self._writers[split] = self._open.enter_context(writer)
+        self._writers[split].write(row)
+
+    def refuse(self, name: str, reason: str, detail: str) -> None:
+        """Leave out the sample `name`: counted by `reason`, kept with `detail` in the artifact's list."""
+        self.result.refused.append({"id": name, "reason": reason, "detail": detail})
+
+    def count(self, name: str, times: int = 1) -> None:
+        """Add to a counter."""
+        self.result.counts[name] += times
+
+    def measure(self, name: str, value: float) -> None:
+        """Add a value to a figure."""
+        self.result.spans.setdefault(name, Span()).add(Span(1, value, value, value))
+
+    def commit(self) -> ShardResult:
+        """Close the files and bring them into the folder."""
+        self._open.close()
+        for split, writer in sorted(self._writers.items()):
+            path = self._scratch / f"{split}.parquet"
+            key = f"{split}/part-{self._part:05d}.parquet"
+            with path.open("rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            self._folder.upload(path, key)
+            size = path.stat().st_size
+            self.result.files.append(
+                {"path": key, "size": size, "sha256": sha256, "rows": writer.rows, "split": split}
+            )
+        return self.result
+
+
+def run_shards(
+    job: Job, tasks: Sequence[ShardTask], *, group: GroupSize, workers: int | None, refusals: Refusals
+) -> ShardResult:
+    """Run the tasks that are not finished yet, at most `workers` at once (None: every CPU of the cluster).
+
+    Ray must be initialised. Every file is declared to the job. Raises LlavaError when a shard fails for good
+    or when too many samples are refused; what is finished by then is found again by the next run.
+    """
+    total, waiting = ShardResult(), []
+    results = {task.name: _finished(job.folder, task.name) for task in tasks}
+    for task in tasks:
+        if (found := results[task.name]) is None:
+            waiting.append(task)
+        else:
+            total.add(found)
+    progress = _Progress(job, tasks, waiting)
+    refusals.check(total)
+    at_once = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+    queue = iter(waiting)
+    running: dict[Any, ShardTask] = {}
+    try:
+        while True:
+            for task in islice(queue, at_once - len(running)):
+                running[_run.remote(job.folder.uri, task, group)] = task
+            if not running:
+                break
+            done, _ = ray.wait(list(running), num_returns=1, timeout=SAY_EVERY_SECONDS)
+            for reference in done:
+                task = running.pop(reference)
+                results[task.name] = result = _outcome(reference, task)
+                total.add(result)
+                progress.finished(task)
+                refusals.check(total)
+            job.lease.check()
+            progress.say_sometimes()
+    finally:
+        for reference in running:
+            ray.cancel(reference, force=True)
+    return _in_order(job, [results[task.name] for task in tasks])
+
+
+def _run_here(folder_uri: str, task: ShardTask, group: GroupSize) -> ShardResult:
+    folder = open_store(folder_uri)
+    with tempfile.TemporaryDirectory(prefix="shard-") as scratch:
+        output = ShardOutput(folder, task.part, group, Path(scratch))
+        task.work(output, task.arguments)
+        result = output.commit()
+    folder.write(_record(task.name), result.to_json())
+    return result
+
+
+_run = ray.remote(
+    num_cpus=1, max_retries=RETRIES, scheduling_strategy="SPREAD", retry_exceptions=[OSError, StoreError]
+)(_run_here)
+
+
+def _record(name: str) -> str:
+    return f"{RECORDS}/{name}.json"
+
+
+def _finished(folder: Folder, name: str) -> ShardResult | None:
+    """The record of a shard whose files all stand at their full size, else None."""
+    found = folder.fetch(_record(name))
+    if found is None:
+        return None
+    result = ShardResult.from_json(found[0])
+    stats = {file["path"]: folder.stat(file["path"]) for file in result.files}
+    whole = all(
+        (stat := stats[file["path"]]) is not None and stat.size == file["size"] for file in result.files
+    )
+    return result if whole else None
+
+
+def _outcome(reference: Any, task: ShardTask) -> ShardResult:
+    try:
+        result: ShardResult = ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        text = str(cause) if isinstance(cause, LlavaError) else f"{type(cause).__name__}: {cause}"
+        raise LlavaError(f"shard {task.name}: {text}") from error
+    except ray.exceptions.RayError as error:
+        line = str(error).strip().splitlines()[0]
+        raise LlavaError(f"shard {task.name}: its worker died {RETRIES + 1} times: {line}") from error
+    return result
+
+
+def _in_order(job: Job, results: Sequence[ShardResult | None]) -> ShardResult:
+    """All results together in the order of the tasks, whichever finished first; their files are declared."""
+    together = ShardResult()
+    for result in results:
+        if result is not None:
+            together.add(result)
+    for file in together.files:
+        job.add_file(file["path"], file["size"], file["sha256"])
+    return together
+
+
+class _Progress:
+    """Plain lines, seconds apart, with the time that is left at the pace so far."""
+
+    def __init__(self, job: Job, tasks: Sequence[ShardTask], waiting: Sequence[ShardTask]) -> None:
+        self._job, self._shards = job, len(tasks)
+        self._all = sum(task.samples for task in tasks)
+        self._left = sum(task.samples for task in waiting)
+        self._done_shards = self._shards - len(waiting)
+        self._started = self._said = time.monotonic()
+        self._pace_from = self._left
+        found = f", {self._done_shards:,} found finished" if self._done_shards else ""
+        job.say(f"{self._all:,} samples in {self._shards:,} shards{found}")
+
+    def finished(self, task: ShardTask) -> None:
+        self._done_shards += 1
+        self._left -= task.samples
+
+    def say_sometimes(self) -> None:
+        now = time.monotonic()
+        if now - self._said < SAY_EVERY_SECONDS or not self._left:
+            return
+        self._said = now
+        done = self._all - self._left
+        text = f"{done:,} of {self._all:,} samples, {self._done_shards} of {self._shards} shards"
+        if made := self._pace_from - self._left:
+            pace = made / (now - self._started)
+            text += f", {pace:,.0f} a second, about {_duration(self._left / pace)} left"
+        self._job.say(text)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,65 @@
+"""Training checkpoints in an artifact's folder: files first, the commit marker last, the newest few kept.
+
+A checkpoint lies in `checkpoints/{step}-{token}/`, where `token` is the lease's fencing token, so that a
+worker of a lost run can never write into the checkpoint of the run that took over.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+from components.contract import Folder, Guard
+from llava.errors import LlavaError
+
+FOLDER = "checkpoints"
+COMMITTED = "COMMITTED"
+
+
+def save(folder: Folder, guard: Guard, step: int, local: Path, keep: int) -> None:
+    """Store the files of `local` as the checkpoint of `step` and drop the oldest ones over `keep`."""
+    guard.check()
+    name = f"{step:09d}-{guard.token:06d}"
+    there = folder.sub(f"{FOLDER}/{name}")
+    there.delete_all()
+    files = sorted(path for path in local.iterdir() if path.is_file())
+    for path in files:
+        there.upload(path, path.name)
+    there.write(COMMITTED, json.dumps({path.name: path.stat().st_size for path in files}).encode())
+    for old in _committed(folder)[:-keep]:
+        checkpoint = folder.sub(f"{FOLDER}/{old}")
+        checkpoint.delete(COMMITTED)
+        checkpoint.delete_all()
+
+
+def newest(folder: Folder) -> str | None:
+    """The name of the newest committed checkpoint, or None."""
+    return names[-1] if (names := _committed(folder)) else None
+
+
+def fetch(folder: Folder, name: str, local: Path) -> Path:
+    """A local folder with the files of checkpoint `name`; their sizes are those of the marker."""
+    there = folder.sub(f"{FOLDER}/{name}")
+    sizes = json.loads(there.read(COMMITTED))
+    where = there.local_path
+    if where is None:
+        where = local / name
+        shutil.rmtree(where, ignore_errors=True)
+        for file in sizes:
+            there.download(file, where / file)
+    for file, size in sizes.items():
+        found = (where / file).stat().st_size if (where / file).exists() else None
+        if found != size:
+            raise LlavaError(
+                f"checkpoint {there.uri}: {file} has {found} bytes, {size} were committed; "
+                f"delete {there.uri} to resume from the one before"
+            )
+    return where
+
+
+def _committed(folder: Folder) -> list[str]:
+    ending = f"/{COMMITTED}"
+    return sorted(
+        entry.key.removeprefix(f"{FOLDER}/").removesuffix(ending)
+        for entry in folder.list(f"{FOLDER}/")
+        if entry.key.endswith(ending)
+    )

@@ -1,0 +1,1 @@
+"""The data: its one schema, safe decoding, and how training reads it."""

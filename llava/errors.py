@@ -1,0 +1,31 @@
+"""The errors that carry an exit status: what a command answers when it cannot or must not go on."""
+
+
+class LlavaError(Exception):
+    """A failure with a message for the user: the thing, the place and the way out, in one line."""
+
+    exit_status = 1
+
+
+class RefusedInput(LlavaError):
+    """Input that was refused before work started."""
+
+    exit_status = 2
+
+
+class BudgetReached(LlavaError):
+    """A budget of tokens or money is used up; what is paid for is kept."""
+
+    exit_status = 3
+
+
+class Preempted(LlavaError):
+    """The run was asked to stop and saved its state; the same command resumes it."""
+
+    exit_status = 4
+
+
+class AlreadyRunning(LlavaError):
+    """Somebody else holds this artifact; the message says who and since when."""
+
+    exit_status = 5

@@ -1,0 +1,190 @@
+"""Answers of a stock LLaVA folder: load it, ask questions about pictures in batches, measure the loss.
+
+A question is user text: it is encoded with special tokens switched off, whatever it contains. A folder
+whose chat template is one of ours gets the very ids that training used; any other folder is asked through
+its own chat template.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.nn.functional import cross_entropy
+from transformers import GenerationConfig, LlavaConfig
+
+import llava.model
+from llava.conversation import IGNORE, IMAGE, TEMPLATES, Encoder, chat_template
+from llava.errors import RefusedInput
+
+
+def load(folder: str | Path, device: str = "cpu") -> tuple[Any, Any]:
+    """Model (evaluation mode, SDPA attention, greedy) and processor of the stock LLaVA `folder`.
+
+    Weights are read from safetensors only and no code from the folder is run. fp32 on CPUs, elsewhere the
+    precision that the folder was saved in. Raises `RefusedInput` when it is no LLaVA folder.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise RefusedInput(f"{folder} holds no config.json: give a folder that `save_pretrained` wrote")
+    try:
+        on_cpu = torch.device(device).type == "cpu"
+        saved = LlavaConfig.from_pretrained(folder, local_files_only=True).dtype
+        model = llava.model.load(folder, torch.float32 if on_cpu or saved is None else saved)
+        processor = llava.model.load_processor(folder)
+    except (OSError, ValueError) as error:
+        raise RefusedInput(f"{folder} cannot be loaded as a LLaVA: {error}") from error
+    # A folder may ask for sampling, penalties or beams; only where an answer ends is taken from it.
+    tokenizer = processor.tokenizer
+    end = model.generation_config.eos_token_id
+    end = tokenizer.eos_token_id if end is None else end
+    if end is None:
+        raise RefusedInput(f"{folder} names no end token: set eos_token_id in generation_config.json")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token_id = end[0] if isinstance(end, list) else end
+    model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=tokenizer.pad_token_id)
+    return model.to(device).eval(), processor
+
+
+@torch.inference_mode()
+def answer(
+    model: Any,
+    processor: Any,
+    questions: Sequence[str],
+    images: Sequence[Image.Image | None],
+    max_new_tokens: int,
+) -> list[str]:
+    """Greedy answers, one per question; `images[i]` is None where a question has no picture.
+
+    `model` and `processor` come from `load`. Padding is on the left and masked, so that an answer does
+    not depend on what else is in the batch.
+    """
+    if not questions:
+        return []
+    pixels = [pixel_values(processor, image) for image in images]
+    prompts = [prompt(processor, question, px) for question, px in zip(questions, pixels, strict=True)]
+    batch = _batch(model, processor, prompts, pixels, side="left")
+    written = model.generate(**batch, max_new_tokens=max_new_tokens)[:, batch["input_ids"].shape[1] :]
+    texts = processor.tokenizer.batch_decode(
+        written, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    return [text.strip() for text in texts]
+
+
+@torch.inference_mode()
+def answer_loss(
+    model: Any,
+    processor: Any,
+    questions: Sequence[str],
+    answers: Sequence[str],
+    images: Sequence[Image.Image | None],
+) -> tuple[list[float], list[int]]:
+    """Negative log-likelihood (nats) of each expected answer and its end token, summed, and its tokens.
+
+    Ids and labels are those of training, so the folder's template must be one of ours (`template_name`).
+    """
+    name = template_name(processor)
+    if name is None:
+        raise RefusedInput(
+            "the folder's chat template is none of ours: what training would supervise is unknown"
+        )
+    pixels = [pixel_values(processor, image) for image in images]
+    samples = []
+    for question, expected, px in zip(questions, answers, pixels, strict=True):
+        encoder = Encoder(processor.tokenizer, name, 0 if px is None else image_tokens(processor, px))
+        turns = [{"from": "human", "value": _human(question, px)}, {"from": "gpt", "value": expected}]
+        samples.append(encoder.encode(turns, images=int(px is not None)))
+    batch = _batch(model, processor, [sample.ids for sample in samples], pixels, side="right")
+    length = batch["input_ids"].shape[1]
+    labels = torch.tensor([sample.labels + [IGNORE] * (length - len(sample.labels)) for sample in samples])
+    targets = labels[:, 1:].to(model.device)
+    supervised = targets != IGNORE
+    # Only supervised positions reach the vocabulary projection: the logits of a whole batch are large.
+    hidden = model.model(**batch).last_hidden_state[:, :-1][supervised]
+    losses = cross_entropy(model.lm_head(hidden).float(), targets[supervised], reduction="none")
+    counts = supervised.sum(dim=1).tolist()
+    return [part.sum().item() for part in losses.split(counts)], counts
+
+
+def prompt(processor: Any, question: str, px: torch.Tensor | None) -> list[int]:
+    """Ids up to where the assistant begins to write; the image slot is already as long as `px` needs."""
+    name = template_name(processor)
+    if name is not None:
+        encoder = Encoder(processor.tokenizer, name, 0 if px is None else image_tokens(processor, px))
+        return encoder.prompt([{"from": "human", "value": _human(question, px)}], images=int(px is not None))
+    return _stock_prompt(processor, question, px)
+
+
+def template_name(processor: Any) -> str | None:
+    """Which row of `TEMPLATES` wrote the folder's chat template; None where somebody else did."""
+    for name, template in TEMPLATES.items():
+        if not template.caption_only and processor.chat_template == chat_template(name):
+            return name
+    return None
+
+
+def pixel_values(processor: Any, image: Image.Image | None) -> torch.Tensor | None:
+    """`image` as the vision tower reads it: (channels, height, width), normalised."""
+    if image is None:
+        return None
+    return processor.image_processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+
+
+def image_tokens(processor: Any, px: torch.Tensor) -> int:
+    """Slots that the image `px` (channels, height, width) fills, counted as the stock processor does."""
+    height, width = px.shape[-2:]
+    patches = (height // processor.patch_size) * (width // processor.patch_size)
+    return (
+        patches
+        + processor.num_additional_image_tokens
+        - (processor.vision_feature_select_strategy == "default")
+    )
+
+
+def _human(question: str, px: torch.Tensor | None) -> str:
+    return question if px is None else f"{IMAGE}\n{question}"
+
+
+def _stock_prompt(processor: Any, question: str, px: torch.Tensor | None) -> list[int]:
+    """The prompt of the folder's own chat template, with the question's special strings kept as text."""
+    if processor.chat_template is None:
+        raise RefusedInput(
+            "the folder has no chat template: add chat_template.jinja, so that a prompt is known"
+        )
+    tokenizer = processor.tokenizer
+    parts = [{"type": "image"}] if px is not None else []
+    turn = {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
+    # The image slot is widened below: the stock processor would widen every literal slot of the text.
+    ids = tokenizer.apply_chat_template(
+        [turn],
+        chat_template=processor.chat_template,
+        add_generation_prompt=True,
+        sanitize_control_tokens=True,
+        return_dict=False,
+    )
+    begin = tokenizer.bos_token_id
+    # A template without a begin token leaves it to the tokenizer, as `processor(text=...)` does.
+    if begin is not None and ids[:1] != [begin] and tokenizer.encode("")[:1] == [begin]:
+        ids = [begin, *ids]
+    slot = processor.image_token_id
+    slots = ids.count(slot)
+    if slots != (px is not None):
+        raise RefusedInput(f"the folder's chat template writes {slots} image slots for one picture")
+    return [new for old in ids for new in ([old] * (image_tokens(processor, px) if old == slot else 1))]
+
+
+def _batch(
+    model: Any,
+    processor: Any,
+    ids: list[list[int]],
+    pixels: list[torch.Tensor | None],
+    side: str,
+) -> dict[str, torch.Tensor]:
+    """Padded `input_ids` and `attention_mask`, (batch, longest), and the pixels of those that have some."""
+    batch = processor.tokenizer.pad({"input_ids": ids}, padding_side=side, return_tensors="pt")
+    batch = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
+    present = [px for px in pixels if px is not None]
+    if present:
+        batch["pixel_values"] = torch.stack(present).to(model.device, model.dtype)
+    return batch

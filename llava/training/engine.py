@@ -1,0 +1,137 @@
+"""What the loop needs of whatever computes gradients and updates: plain torch here, DeepSpeed in components."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import distributed, nn
+
+from llava.data.collate import Row
+
+
+@dataclass
+class TrainingState:
+    """Everything that an optimizer knows, per trainable parameter, whole and in fp32, whatever the world size."""
+
+    update: int
+    """Updates made so far."""
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    exp_avg: dict[str, torch.Tensor] = field(default_factory=dict)
+    exp_avg_sq: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class Engine(Protocol):
+    """One rank's model, gradients and optimizer."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    def loss(self, row: Row) -> torch.Tensor:
+        """The loss summed over the row's supervised tokens, a scalar."""
+        ...
+
+    def backward(self, loss_sum: torch.Tensor, supervised: int, last: bool) -> None:
+        """Add the gradient of `loss_sum / supervised`, where `supervised` counts the whole global batch."""
+        ...
+
+    def step(self, learning_rate: float) -> float:
+        """Update the weights; returns the norm of the gradient over all ranks before clipping."""
+        ...
+
+    def state(self) -> TrainingState | None:
+        """The state, gathered on rank 0 (None elsewhere). All ranks call it."""
+        ...
+
+    def restore(self, state: TrainingState) -> None:
+        """Continue from `state`, which every rank gives whole."""
+        ...
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """The optimizer of both papers (llava.md, section 3)."""
+
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+
+    def build(self, parameters: Iterable[nn.Parameter], learning_rate: float) -> torch.optim.AdamW:
+        """Torch's own, in the variant that is the fastest on the parameters' device."""
+        chosen = list(parameters)
+        return torch.optim.AdamW(
+            chosen,
+            lr=learning_rate,
+            betas=(self.beta1, self.beta2),
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            fused=True,
+        )
+
+
+class PlainEngine:
+    """Every rank holds everything; gradients are summed over the ranks once per update.
+
+    Works without a process group, too.
+    """
+
+    def __init__(self, module: nn.Module, adamw: AdamW, gradient_clipping: float):
+        """`gradient_clipping`: the largest norm of the gradient; 0 does not clip."""
+        self.module = module
+        self.rank = distributed.get_rank() if distributed.is_initialized() else 0
+        self.world = distributed.get_world_size() if distributed.is_initialized() else 1
+        self.named = {
+            name.removeprefix("stock."): parameter
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
+        self.device = next(iter(self.named.values())).device
+        self.clip = gradient_clipping
+        self.optimizer = adamw.build(self.named.values(), 0.0)
+        self.updates = 0
+
+    def loss(self, row: Row) -> torch.Tensor:
+        return self.module(row)
+
+    def backward(self, loss_sum: torch.Tensor, supervised: int, last: bool) -> None:
+        (loss_sum / supervised).backward()
+
+    def step(self, learning_rate: float) -> float:
+        for parameter in self.named.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            if self.world > 1:
+                distributed.all_reduce(parameter.grad)
+        norm = torch.nn.utils.clip_grad_norm_(self.named.values(), self.clip if self.clip else float("inf"))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.updates += 1
+        return float(norm)
+
+    def state(self) -> TrainingState | None:
+        if self.rank:
+            return None
+        state = TrainingState(self.updates)
+        for name, parameter in self.named.items():
+            kept = self.optimizer.state[parameter]
+            state.weights[name] = parameter.detach().float().cpu().clone()
+            if kept:
+                state.exp_avg[name] = kept["exp_avg"].float().cpu().clone()
+                state.exp_avg_sq[name] = kept["exp_avg_sq"].float().cpu().clone()
+        return state
+
+    @torch.no_grad()
+    def restore(self, state: TrainingState) -> None:
+        self.updates = state.update
+        for name, parameter in self.named.items():
+            parameter.copy_(state.weights[name])
+            if name in state.exp_avg:
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(float(state.update)),
+                    "exp_avg": state.exp_avg[name].to(parameter),
+                    "exp_avg_sq": state.exp_avg_sq[name].to(parameter),
+                }

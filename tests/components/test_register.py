@@ -1,0 +1,303 @@
+"""Registration in a real MLflow: one version per model, champions by score on the same exam, honest refusals."""
+
+from pathlib import Path
+from typing import Any, ClassVar
+from uuid import uuid4
+
+import pytest
+from pydantic import Field
+
+from components.contract import (
+    Artifact,
+    Component,
+    Job,
+    Settings,
+    Tracking,
+    Workspace,
+    open_store,
+    run_component,
+)
+from components.models import Registry, model_folder, open_model, resolve
+from components.register import Register, RegisterSettings, champion_model, decide
+from llava.errors import LlavaError, RefusedInput
+
+METRIC = "eval/vqa/exact_match"
+
+
+class FileSettings(Settings):
+    text: str = Field(description="What the weights are")
+
+
+class Model(Component):
+    """Stands where `finetune` stands: an artifact with a `model/` folder."""
+
+    name: ClassVar[str] = "finetune"
+    version: ClassVar[str] = "1"
+    Settings: ClassVar[type[Settings]] = FileSettings
+
+    def run(self, job: Job) -> None:
+        job.folder.write("model/config.json", b"{}")
+        job.folder.write("model/model.safetensors", job.settings.text.encode())
+
+
+class ScoreSettings(Settings):
+    score: float = Field(description="The score")
+    exam: str = Field(description="Digest of the questions")
+
+
+class Scored(Component):
+    """Stands where `evaluate` stands: a score on an exam."""
+
+    name: ClassVar[str] = "evaluate"
+    version: ClassVar[str] = "1"
+    Settings: ClassVar[type[Settings]] = ScoreSettings
+
+    def run(self, job: Job) -> None:
+        job.metrics.update({METRIC: job.settings.score, "eval/loss": 0.5})
+        job.notes["questions"] = job.settings.exam
+        job.folder.write("report.md", b"")
+
+
+class Bench:
+    """A root and a registry, and short cuts to put models through them."""
+
+    def __init__(self, root: str, uri: str, files: str | None = None) -> None:
+        self.workspace = Workspace(open_store(root), Tracking(uri, "register", files))
+        self.registry = Registry(uri)
+
+    def model(self, text: str) -> Artifact:
+        return run_component(Model(), FileSettings(text=text), {}, self.workspace).artifact
+
+    def evaluation(self, model: Artifact, score: float, exam: str = "exam") -> Artifact:
+        settings = ScoreSettings(score=score, exam=exam)
+        return run_component(Scored(), settings, {"model": model}, self.workspace).artifact
+
+    def register(self, name: str, model: Artifact, evaluation: Artifact, **settings: Any) -> Artifact:
+        champion = settings.pop("champion", None)
+        inputs = {"model": model, "evaluation": evaluation}
+        inputs |= {"champion_evaluation": champion} if champion else {}
+        wanted = RegisterSettings(name=name, **settings)
+        return run_component(Register(), wanted, inputs, self.workspace).artifact
+
+    def enter(self, name: str, text: str, score: float, exam: str = "exam", **settings: Any) -> Artifact:
+        model = self.model(text)
+        return self.register(name, model, self.evaluation(model, score, exam), **settings)
+
+    def aliases(self, name: str) -> dict[str, str]:
+        found = {alias: self.registry.by_alias(name, alias) for alias in ("champion", "challenger")}
+        return {alias: version.version for alias, version in found.items() if version}
+
+
+@pytest.fixture
+def bench(folder_root: str, mlflow_db: str, tmp_path: Path) -> Bench:
+    return Bench(folder_root, mlflow_db, str(tmp_path / "mlflow"))
+
+
+@pytest.fixture
+def name() -> str:
+    """A model name that no other test uses: the database is shared."""
+    return f"tiny-{uuid4().hex[:8]}"
+
+
+def test_the_first_model_is_champion_and_its_version_tells_where_it_comes_from(
+    bench: Bench, name: str
+) -> None:
+    artifact = bench.enter(name, "a", 50.0)
+    notes = artifact.manifest.notes["model"]
+    assert (notes["version"], notes["alias"]) == ("1", "champion")
+    version = bench.registry.by_alias(name, "champion")
+    model = bench.model("a")
+    assert version is not None
+    assert version.source == f"{model.uri}/model"
+    assert version.tags["artifact_digest"] == model.digest
+    assert version.tags["code"] == model.manifest.code
+    assert version.tags["score.eval/vqa/exact_match"] == "50.0"
+    assert version.tags["questions_digest"] == "exam"
+    assert "no champion" in version.tags["decision"]
+
+
+def test_a_better_model_takes_over_and_names_its_parent(bench: Bench, name: str) -> None:
+    bench.enter(name, "a", 50.0)
+    bench.enter(name, "b", 50.5)
+    version = bench.registry.by_alias(name, "champion")
+    assert version is not None
+    assert (version.version, version.tags["parent_version"]) == ("2", "1")
+    assert "a gain of +0.50" in version.tags["decision"]
+
+
+@pytest.mark.parametrize(
+    ("score", "exam", "gain", "reason"),
+    [
+        (50.0, "exam", 0.0, "a gain of +0.00; it takes more than 0"),
+        (40.0, "exam", 0.0, "a gain of -10.00"),
+        (52.0, "exam", 2.0, "it takes more than 2"),
+        (99.0, "other exam", 0.0, "answered other questions"),
+    ],
+)
+def test_who_does_not_beat_the_champion_stays_challenger_and_is_told_why(
+    bench: Bench, name: str, score: float, exam: str, gain: float, reason: str
+) -> None:
+    bench.enter(name, "a", 50.0)
+    artifact = bench.enter(name, "b", score, exam, minimum_gain=gain)
+    assert bench.aliases(name) == {"champion": "1", "challenger": "2"}
+    version = bench.registry.by_version(name, "2")
+    assert version is not None
+    assert reason in version.tags["decision"]
+    assert artifact.manifest.notes["model"]["decision"] == version.tags["decision"]
+
+
+def test_the_champion_may_sit_the_new_exam(bench: Bench, name: str) -> None:
+    bench.enter(name, "a", 90.0, "old exam")
+    first, second = bench.model("a"), bench.model("b")
+    again = bench.evaluation(first, 30.0, "new exam")
+    bench.register(name, second, bench.evaluation(second, 40.0, "new exam"), champion=again)
+    assert bench.aliases(name) == {"champion": "2"}
+
+
+def test_the_model_to_beat_stays_the_same_after_registration_so_that_running_again_is_a_no_op(
+    bench: Bench, name: str
+) -> None:
+    def to_beat(model: Artifact) -> Artifact | None:
+        return champion_model(RegisterSettings(name=name), bench.workspace, bench.evaluation(model, 60.0))
+
+    first, second = bench.model("a"), bench.model("b")
+    assert to_beat(first) is None
+    bench.enter(name, "a", 50.0)
+    assert to_beat(first) is None
+    assert to_beat(second) == first
+    bench.enter(name, "b", 60.0)
+    assert bench.aliases(name) == {"champion": "2"}
+    assert to_beat(second) == first
+    first.folder.delete("manifest.json")
+    assert to_beat(second) is None
+
+
+def test_an_evaluation_of_somebody_else_says_nothing_about_the_champion(bench: Bench, name: str) -> None:
+    bench.enter(name, "a", 50.0)
+    weak, second = bench.model("weak"), bench.model("b")
+    bench.register(name, second, bench.evaluation(second, 45.0), champion=bench.evaluation(weak, 1.0))
+    assert bench.aliases(name) == {"champion": "1", "challenger": "2"}
+
+
+def test_registering_twice_gives_one_version(bench: Bench, name: str) -> None:
+    first = bench.enter(name, "a", 50.0)
+    assert bench.enter(name, "a", 50.0).manifest == first.manifest
+    assert bench.registry.by_version(name, "2") is None
+
+
+def test_a_crash_before_the_manifest_does_not_make_a_second_version(bench: Bench, name: str) -> None:
+    bench.enter(name, "a", 50.0)
+    second = bench.enter(name, "b", 60.0)
+    decision = second.manifest.notes["model"]["decision"]
+    second.folder.delete("manifest.json")
+    again = bench.enter(name, "b", 60.0)
+    assert again.manifest.notes["model"]["version"] == "2"
+    assert again.manifest.notes["model"]["decision"] == decision
+    assert bench.aliases(name) == {"champion": "2"}
+    assert bench.registry.by_version(name, "3") is None
+
+
+def test_a_new_evaluation_of_a_registered_model_can_make_it_champion(bench: Bench, name: str) -> None:
+    bench.enter(name, "a", 50.0)
+    bench.enter(name, "b", 99.0, "other exam")
+    assert bench.aliases(name) == {"champion": "1", "challenger": "2"}
+    bench.enter(name, "b", 60.0)
+    assert bench.aliases(name) == {"champion": "2"}
+    assert bench.registry.by_version(name, "3") is None
+
+
+def test_registration_is_not_finished_in_another_registry(
+    bench: Bench, folder_root: str, tmp_path: Path, name: str
+) -> None:
+    model = bench.model("a")
+    evaluation = bench.evaluation(model, 50.0)
+    bench.register(name, model, evaluation)
+    elsewhere = Bench(folder_root, f"sqlite:///{tmp_path}/elsewhere.db")
+    elsewhere.register(name, model, evaluation)
+    assert elsewhere.aliases(name) == {"champion": "1"}
+
+
+@pytest.mark.parametrize("change", ["tampered", "missing"])
+def test_a_model_that_changed_after_training_is_not_registered(bench: Bench, name: str, change: str) -> None:
+    model = bench.model("a")
+    evaluation = bench.evaluation(model, 50.0)
+    if change == "tampered":
+        model.folder.write("model/model.safetensors", b"b")
+    else:
+        model.folder.delete("model/model.safetensors")
+    with pytest.raises(RefusedInput, match=r"model/model\.safetensors"):
+        bench.register(name, model, evaluation)
+    assert bench.aliases(name) == {}
+
+
+def test_an_evaluation_of_another_model_or_without_the_metric_is_refused(bench: Bench, name: str) -> None:
+    model, other = bench.model("a"), bench.model("b")
+    with pytest.raises(RefusedInput, match="does not evaluate"):
+        bench.register(name, model, bench.evaluation(other, 50.0))
+    with pytest.raises(RefusedInput, match="measured eval/loss"):
+        bench.register(name, model, bench.evaluation(model, 50.0), metric="eval/other")
+    with pytest.raises(RefusedInput, match="greater must be better"):
+        bench.register(name, model, bench.evaluation(model, 50.0), metric="eval/loss")
+
+
+def test_every_way_to_name_a_model_leads_to_its_folder(
+    bench: Bench, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.enter(name, "a", 50.0)
+    model, tracking = bench.model("a"), bench.workspace.tracking
+    want = f"{model.uri}/model"
+    for uri in (f"models:/{name}@champion", f"models:/{name}/1", model.uri, want):
+        assert resolve(uri, tracking) == want
+        assert (open_model(uri, tracking) / "model.safetensors").read_text() == "a"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking.uri)
+    assert model_folder(f"models:/{name}@champion", str(tmp_path)) == Path(want)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    with pytest.raises(RefusedInput, match="no MLflow database"):
+        model_folder(f"models:/{name}@champion", str(tmp_path))
+    loose = tmp_path / "loose"
+    loose.mkdir()
+    (loose / "config.json").write_text("{}")
+    assert open_model(str(loose)) == loose
+    for wrong in (
+        f"models:/{name}@nobody",
+        f"models:/{name}/7",
+        "models:/nothing@champion",
+        "models:x",
+        str(tmp_path),
+    ):
+        with pytest.raises(RefusedInput, match=wrong.split("@")[0]):
+            resolve(wrong, tracking)
+
+
+def test_a_server_takes_models_from_s3_and_gives_them_back_verified(
+    s3_root: str, mlflow_uri: str, name: str
+) -> None:
+    bench = Bench(s3_root, mlflow_uri)
+    artifact = bench.enter(name, "a", 50.0)
+    uri = f"models:/{name}@champion"
+    source = resolve(uri, bench.workspace.tracking)
+    assert source == artifact.manifest.notes["model"]["source"]
+    assert source.startswith(s3_root)
+    assert (open_model(uri, bench.workspace.tracking) / "model.safetensors").read_text() == "a"
+    bench.enter(name, "b", 60.0)
+    assert bench.aliases(name) == {"champion": "2"}
+
+
+def test_a_server_that_refuses_the_source_fails_in_one_line(
+    folder_root: str, mlflow_uri: str, s3_env: object, name: str
+) -> None:
+    bench = Bench(folder_root, mlflow_uri)
+    with pytest.raises(LlavaError, match="Invalid model version source"):
+        bench.enter(name, "a", 50.0)
+
+
+def test_a_champion_without_the_metric_is_not_comparable(bench: Bench, name: str) -> None:
+    bench.enter(name, "a", 50.0)
+    model = bench.model("b")
+    evaluation = bench.evaluation(model, 60.0)
+    champion = bench.registry.by_alias(name, "champion")
+    assert champion is not None
+    champion.tags.pop(f"score.{METRIC}")
+    version = type(champion)(name, "2", "elsewhere", {})
+    decision = decide(RegisterSettings(name=name), version, champion, evaluation)
+    assert (decision.alias, "not comparable" in decision.reason) == ("challenger", True)

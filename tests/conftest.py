@@ -1,0 +1,218 @@
+"""Real servers for the tests, each started once and only if a test asks for it: SeaweedFS (S3) and MLflow.
+
+`s3_root` and `folder_root` give a fresh root, `root` runs a test on both; `mlflow_uri` is a server, `mlflow_db` a
+database without one. Everything listens on 127.0.0.1, lies in a temporary folder and is stopped by its pid.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+from uuid import uuid4
+
+import psutil
+import pytest
+
+BUCKET = "llava-tests"
+WAIT = 90.0  # seconds: a busy machine starts slowly
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """A running S3 server and what a client needs to use it."""
+
+    endpoint: str
+    access_key: str
+    secret_key: str
+    pid: int
+
+    @property
+    def env(self) -> dict[str, str]:
+        """The environment that points every AWS client at this server."""
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": self.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """SeaweedFS on free ports with one pair of credentials and one bucket."""
+    folder = tmp_path_factory.mktemp("seaweedfs")
+    access_key, secret_key = f"test-{uuid4().hex[:12]}", uuid4().hex
+    identity = {
+        "name": "tests",
+        "credentials": [{"accessKey": access_key, "secretKey": secret_key}],
+        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+    }
+    config = folder / "s3.json"
+    config.write_text(json.dumps({"identities": [identity]}))
+    (folder / "data").mkdir()
+    master, volume, filer, s3, admin = (str(port) for port in _free_ports(5, also_plus=10_000))
+    command = [
+        str(Path(sys.executable).parent / "weed"), "mini", f"-dir={folder / 'data'}",
+        "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-master.port={master}", f"-volume.port={volume}",
+        f"-filer.port={filer}", f"-s3.port={s3}", f"-admin.port={admin}", "-admin.ui=false", "-webdav=false",
+        f"-s3.config={config}", "-s3.autoCreateBucket=false", "-s3.port.iceberg=0", "-s3.port.lance=0",
+        "-master.telemetry=false",
+    ]  # fmt: skip
+    with _server(command, folder / "log", {}) as pid:
+        server = S3Server(f"http://127.0.0.1:{s3}", access_key, secret_key, pid)
+        _wait_for(lambda: _bucket_takes_writes(server), pid, folder / "log")
+        yield server
+
+
+@pytest.fixture
+def s3_env(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> S3Server:
+    """The test's environment points at the S3 server; copies from S3 go into the test's own folder."""
+    for name, value in s3_server.env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LLAVA_CACHE", str(tmp_path / "cache"))
+    return s3_server
+
+
+@pytest.fixture
+def s3_root(s3_env: S3Server) -> str:
+    """A fresh `s3://bucket/prefix`, with the environment that reaches it."""
+    return f"s3://{BUCKET}/{uuid4().hex[:12]}"
+
+
+@pytest.fixture
+def folder_root(tmp_path: Path) -> str:
+    """A fresh folder as a root."""
+    return str(tmp_path / "root")
+
+
+@pytest.fixture(params=["folder", "s3"])
+def root(request: pytest.FixtureRequest) -> str:
+    """A fresh root of each kind, so that the test runs on both."""
+    value: str = request.getfixturevalue(f"{request.param}_root")
+    return value
+
+
+@pytest.fixture(scope="session")
+def mlflow_db(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An MLflow database that every test of the session shares: tests differ in the experiment's name."""
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow-db')}/mlflow.db"
+
+
+@pytest.fixture(scope="session")
+def mlflow_uri(tmp_path_factory: pytest.TempPathFactory, s3_server: S3Server) -> Iterator[str]:
+    """An MLflow server on a free port that keeps its files on the S3 server."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    (port,) = _free_ports(1)
+    uri = f"http://127.0.0.1:{port}"
+    command = [
+        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+        "--backend-store-uri", f"sqlite:///{folder}/mlflow.db",
+        "--artifacts-destination", f"s3://{BUCKET}/mlflow",
+    ]  # fmt: skip
+    env = {"MLFLOW_S3_ENDPOINT_URL": s3_server.endpoint, "MLFLOW_DISABLE_TELEMETRY": "true", **s3_server.env}
+    with _server(command, folder / "log", env) as pid:
+        _wait_for(lambda: _answers(f"{uri}/health"), pid, folder / "log")
+        yield uri
+
+
+@pytest.fixture
+def silent_server() -> Iterator[str]:
+    """The URI of a port that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+
+def _bucket_takes_writes(server: S3Server) -> bool:
+    # Listing answers before the volumes are ready: only a write proves that the server is.
+    import boto3
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    client = boto3.client(
+        "s3",
+        endpoint_url=server.endpoint,
+        aws_access_key_id=server.access_key,
+        aws_secret_access_key=server.secret_key,
+        region_name="us-east-1",
+        config=Config(connect_timeout=1, read_timeout=5, retries={"total_max_attempts": 1}),
+    )
+    try:
+        if BUCKET not in {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}:
+            client.create_bucket(Bucket=BUCKET)
+        client.put_object(Bucket=BUCKET, Key="ready", Body=b"ready")
+    except (BotoCoreError, ClientError):
+        return False
+    return True
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urlopen(url, timeout=2) as answer:
+            return bool(answer.status == 200)
+    except (URLError, OSError):
+        return False
+
+
+@contextmanager
+def _server(command: list[str], log: Path, env: dict[str, str]) -> Iterator[int]:
+    """A child process, by its pid; it and its own children are ended by theirs."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            cwd=log.parent,
+            env={**os.environ, **env},
+        )
+    try:
+        yield process.pid
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            server = psutil.Process(process.pid)
+            family = [server, *server.children(recursive=True)]
+            # Nothing of theirs is kept, so they need no time to tidy up.
+            for one in family:
+                with suppress(psutil.NoSuchProcess):
+                    one.kill()
+            psutil.wait_procs(family, timeout=5)
+        process.wait()
+
+
+def _wait_for(ready: Callable[[], bool], pid: int, log: Path) -> None:
+    end = time.monotonic() + WAIT
+    while not ready():
+        stopped = not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+        if stopped or time.monotonic() > end:
+            tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
+            pytest.fail(
+                f"server {'stopped' if stopped else f'not ready after {WAIT:.0f} s'}; its log ends:\n{tail}"
+            )
+        time.sleep(0.2)
+
+
+def _free_ports(count: int, also_plus: int | None = None) -> list[int]:
+    """`count` ports that are free on 127.0.0.1, and free at `also_plus` above too (SeaweedFS's gRPC)."""
+    with ExitStack() as held:
+        found: list[int] = []
+        while len(found) < count:
+            port = random.SystemRandom().randrange(20_000, 30_000)
+            try:
+                for wanted in (port, port + also_plus) if also_plus else (port,):
+                    taken = held.enter_context(closing(socket.socket()))
+                    taken.bind(("127.0.0.1", wanted))
+            except OSError:
+                continue
+            found.append(port)
+        return found

@@ -1,0 +1,1 @@
+"""Which components run, in which order, on what; and the command line."""

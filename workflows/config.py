@@ -1,0 +1,142 @@
+"""The workflow's configuration: presets and files in YAML, `--set` on top, every mistake one clear line."""
+
+import difflib
+import re
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from components.backbones.component import BackbonesSettings
+from components.contract import refuse_secrets
+from components.evaluate import EvaluateSettings
+from components.finetune import FinetuneSettings
+from components.instruct import InstructSettings
+from components.pretrain import PretrainSettings
+from components.register import RegisterSettings
+from components.shard import ShardSettings
+from llava.errors import RefusedInput
+
+PRESETS = resources.files("workflows") / "presets"
+_SECRET = re.compile(
+    r"(pass(word|phrase)?|secret|credential|api[_-]?key|access[_-]?key|private[_-]?key)s?$", re.I
+)
+
+
+class WorkflowConfig(BaseModel):
+    """One section per component; keys are written `component.key`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", description="Of the MLflow experiment")
+    backbones: BackbonesSettings
+    shard: ShardSettings
+    instruct: InstructSettings
+    pretrain: PretrainSettings
+    finetune: FinetuneSettings
+    evaluate: EvaluateSettings
+    register_: RegisterSettings = Field(alias="register")
+
+
+def preset_names() -> list[str]:
+    """The presets that come with the package."""
+    return sorted(
+        entry.name.removesuffix(".yaml") for entry in PRESETS.iterdir() if entry.name.endswith(".yaml")
+    )
+
+
+def load(preset: str, overrides: Sequence[str] = ()) -> WorkflowConfig:
+    """The config of a preset or a YAML file, with `KEY=VALUE` overrides; `RefusedInput` names the key at fault."""
+    tree = _read(preset)
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return WorkflowConfig.model_validate(tree)
+    except pydantic.ValidationError as error:
+        raise RefusedInput(_first(error)) from None
+
+
+def flat(config: WorkflowConfig) -> dict[str, Any]:
+    """`component.key` -> value, for MLflow's parameters."""
+    out: dict[str, Any] = {"name": config.name}
+    for section, values in config.model_dump(mode="json", by_alias=True).items():
+        if isinstance(values, dict):
+            out |= {f"{section}.{key}": value for key, value in values.items()}
+    return out
+
+
+def _read(preset: str) -> dict[str, Any]:
+    if preset in preset_names():
+        text = (PRESETS / f"{preset}.yaml").read_text()
+    elif Path(preset).is_file():
+        text = Path(preset).read_text()
+    else:
+        near = difflib.get_close_matches(preset, preset_names(), 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise RefusedInput(
+            f"{preset!r} is neither a preset ({', '.join(preset_names())}) nor a YAML file{hint}"
+        )
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RefusedInput(f"{preset}: no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise RefusedInput(f"{preset}: expected sections such as `finetune:`, found {type(tree).__name__}")
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.split(".")
+    if not equals or not all(parts):
+        raise RefusedInput(f"--set {key!r}: write KEY=VALUE, such as finetune.learning_rate=2e-5")
+    if _SECRET.search(parts[-1]):
+        raise RefusedInput(
+            f"--set {key}: secrets are read from the environment or mounted files only; "
+            "a command line is shown by dashboards and job specs"
+        )
+    refuse_secrets(text)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    if isinstance(value, str):
+        # YAML 1.1 reads 2e-5 as text.
+        value = float(value) if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value) else value
+    node = tree
+    for part in parts[:-1]:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise RefusedInput(f"--set {key}: {part!r} is a value, not a section")
+    node[parts[-1]] = value
+
+
+def _first(error: pydantic.ValidationError) -> str:
+    """The first mistake in one line, with the nearest known key where one is unknown."""
+    mistakes = error.errors(include_url=False)
+    first = mistakes[0]
+    where = [str(part) for part in first["loc"]]
+    key = ".".join(where) or "the config"
+    more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
+    if first["type"] == "extra_forbidden":
+        known = _known(where[:-1])
+        near = difflib.get_close_matches(where[-1], known, 1)
+        way_out = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+        return f"{key}: unknown key; {way_out}{more}"
+    if first["type"] == "missing":
+        return f"{key}: missing{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{key}: {message}, got {first['input']!r}{more}" if len(where) > 1 else f"{key}: {message}{more}"
+
+
+def _known(where: list[str]) -> list[str]:
+    model: Any = WorkflowConfig
+    for part in where:
+        model = next(
+            info.annotation for name, info in model.model_fields.items() if part in (name, info.alias)
+        )
+    return sorted(info.alias or name for name, info in model.model_fields.items())
