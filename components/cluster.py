@@ -2,18 +2,25 @@
 
 import os
 import secrets
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-def connect() -> None:
-    """Join the cluster, or start a local one; nothing happens where this process is connected already."""
+def prepare() -> None:
+    """Set what Ray reads when it is first imported; call it before anything imports Ray."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    # Ray's coming default, said out loud so that it does not warn about it.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if not os.environ.get("RAY_ADDRESS") and "RAY_AUTH_MODE" not in os.environ:
+    if "RAY_ADDRESS" not in os.environ and "RAY_AUTH_MODE" not in os.environ and "ray" not in sys.modules:
         # A token of this command's own; Ray would otherwise leave one in the home folder.
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+
+
+def connect() -> None:
+    """Join the cluster, or start a local one; nothing happens where this process is connected already."""
+    prepare()
     import ray
 
     if ray.is_initialized():
@@ -33,8 +40,6 @@ def connect() -> None:
 @contextmanager
 def disconnecting() -> Iterator[None]:
     """Leave the cluster at the end (a local one ends with it), unless somebody else had connected before."""
-    import sys
-
     before = "ray" in sys.modules and sys.modules["ray"].is_initialized()
     try:
         yield

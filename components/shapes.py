@@ -1,6 +1,6 @@
 """The tiny world: scenes of a few coloured shapes, with captions and boxes in COCO's terms.
 
-A scene is a 64 x 64 px picture with one to three things on a grid of 2 x 2 places, one thing to a place.
+A scene is a 64 x 64 px picture with one or two things on a grid of 2 x 2 places, one thing to a place.
 Everything follows from `(seed, index)`, so the same scene can be drawn anywhere, at any time, in any order.
 The split is a property of what is seen, not of the seed: a scene is held out when its combination, the set of
 (colour, shape, place), hashes into the held-out share. No seed ever puts such a combination into training.
@@ -30,7 +30,10 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 SHAPES = ("circle", "square", "triangle", "cross")
 SIZES = {"small": 12.0, "large": 22.0}
 PLACES = ("top left", "top right", "bottom left", "bottom right")
-COUNT_WEIGHTS = {1: 1, 2: 2, 3: 2}
+COUNT_WEIGHTS = {1: 1, 2: 2}
+KINDS = ("colour", "shape", "what", "where", "count", "exists")
+"""The questions that the tiny language model learns to answer; comparisons take it far longer."""
+
 HELD_OUT_SHARE = 0.125
 TRAIN, HELD_OUT = "train", "heldout"
 
@@ -103,7 +106,7 @@ def scenes(seed: int, count: int, split: str | None = None) -> Iterator[Scene]:
 
 
 def arrange(rng: random.Random) -> list[Thing]:
-    """One to three things on places of their own, in raster order."""
+    """One or two things on places of their own, in raster order."""
     count = rng.choices(list(COUNT_WEIGHTS), weights=list(COUNT_WEIGHTS.values()))[0]
     return [
         Thing(place, rng.choice(list(SIZES)), rng.choice(list(COLOURS)), rng.choice(SHAPES))

@@ -7,6 +7,7 @@ database without one. Everything listens on 127.0.0.1, lies in a temporary folde
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import socket
@@ -23,8 +24,10 @@ from uuid import uuid4
 
 import psutil
 import pytest
+import ray
 
 BUCKET = "llava-tests"
+PHOTOS = Path(__file__).parents[1] / ".." / "shared" / "data" / "coco"
 WAIT = 90.0  # seconds: a busy machine starts slowly
 
 
@@ -73,6 +76,46 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         server = S3Server(f"http://127.0.0.1:{s3}", access_key, secret_key, pid)
         _wait_for(lambda: _bucket_takes_writes(server), pid, folder / "log")
         yield server
+
+
+@pytest.fixture(scope="session")
+def ray_local(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Ray on two CPUs, whose workers can reach the S3 server; gives its address."""
+    settings = {
+        **s3_server.env,
+        "LLAVA_CACHE": str(tmp_path_factory.mktemp("cache")),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "disabled",
+        "PYTHONPATH": os.pathsep.join(
+            [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        ),
+    }
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        context = ray.init(
+            num_cpus=2,
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            object_store_memory=200 * 2**20,
+        )
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+    yield context.address_info["gcs_address"]
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def coco_folder() -> Path:
+    """Real photos with captions and boxes, read in place."""
+    if not PHOTOS.is_dir():
+        pytest.skip("real photos are not here: ../shared/data/coco")
+    return PHOTOS
 
 
 @pytest.fixture

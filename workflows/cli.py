@@ -77,16 +77,36 @@ def ask(
     print(answer(question, model, image, root, max_new_tokens, device))
 
 
+@app.command()
+def show(
+    uri: Annotated[str, typer.Argument(help="An artifact: a folder or s3://bucket/prefix/component/digest.")],
+) -> None:
+    """Print what an artifact holds and where it comes from."""
+    from workflows.show import show as show_artifact
+
+    show_artifact(uri)
+
+
+@app.command()
+def prune(
+    root: Root = "runs", yes: Annotated[bool, typer.Option("--yes", help="Delete what is listed.")] = False
+) -> None:
+    """List the artifacts that no registered model comes from."""
+    from workflows.prune import prune as prune_root
+
+    prune_root(root, yes)
+
+
 def _run(preset: str, root: str, overrides: list[str] | None, as_json: bool, wait: bool, until: str) -> None:
     from workflows import config as configs
 
     config = configs.load(preset, overrides or [])
     from workflows import train as workflow
-    from workflows.summary import show
+    from workflows.summary import show as show_summary
 
     workspace = workflow.open_workspace(config.name, root, wait)
     summary = workflow.run(config, workspace, until)
-    show(summary, workspace)
+    show_summary(summary, workspace)
     if as_json:
         print(json.dumps(summary.as_json()), flush=True)
 
@@ -97,6 +117,9 @@ def _terminated(number: int, frame: Any) -> None:
 
 def main() -> None:
     """Entry point: a failure is one line on standard error and its own exit status (design.md)."""
+    from components import cluster
+
+    cluster.prepare()
     signal.signal(signal.SIGTERM, _terminated)
     try:
         app()

@@ -86,6 +86,8 @@ def _stages(config: WorkflowConfig, workspace: Workspace, until: str, summary: S
             for name, value in outcome.artifact.manifest.metrics.items()
             if name.startswith("eval/")
         }
+        if component.name == "register":
+            summary.model = outcome.artifact.manifest.notes["model"]
         if component.name == until:
             raise _Done
         return outcome.artifact
@@ -110,5 +112,4 @@ def _order(
         inputs["champion_evaluation"] = run_component(
             Evaluate(), config.evaluate, {"model": champion, "questions": instructions}, workspace
         ).artifact
-    registered = stage(Register(), config.register_, **inputs)
-    summary.model = registered.manifest.notes["model"]
+    stage(Register(), config.register_, **inputs)

@@ -1,8 +1,9 @@
 """The tiny language model: a small Llama that reads a scene as text and talks about it.
 
 It is to the tiny world what a chat model is to ours: before it meets a picture it can already answer from a
-description. Where a picture will stand, it has read either a caption or a *text picture*: the words of a 4 x 4
-grid in raster order, one word for each patch that the vision tower will give.
+description. Where a picture will stand, it has read either a caption or a *text picture*: a 4 x 4 grid in raster
+order, for each patch that the vision tower will give the words of its place (what is there, and where that is),
+summed as embeddings, since one visual token holds all that a patch shows.
 """
 
 import itertools
@@ -16,50 +17,79 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from components import shapes
-from components.backbones.tokenizer import END, START
+from components.backbones.tokenizer import END, PAD, START
 from components.instruct import rules
 from components.shapes import PLACES, Thing
 
 PATCHES_PER_SIDE = 4
-STEPS = 3600
-BATCH = 12
 RATE = 2.5e-3
+STEPS = 4500
+BATCH = 16
 WARM_UP = 150
 SORTED_BATCHES = 16
-TURNS = 6
-PLAIN_SHARE = 0.15
-DETAIL_SHARE = 0.05
-REASONING_SHARE = 0.05
+TURNS = 8
+PLAIN_SHARE = 0.08
+NOTES_SHARE = 0.3
+NOTES = 8
+DETAIL_SHARE = 0.03
+REASONING_SHARE = 0.02
 TEXT_PICTURE_SHARE = 0.7
+WORD_DROP = 0.1
+WORDS_AT_MOST = 5
 IGNORED = -100
+SLOT = PAD * PATCHES_PER_SIDE**2
 NEEDS_PLACES = {"where", "what", "relation", "reasoning", "detail"}
+
+
+TextPicture = tuple[tuple[str, ...], ...]
+"""The words of each patch, patches in raster order."""
 
 
 @dataclass(frozen=True)
 class Sample:
     """What stands where the picture would, and the turns about it; no turns: the picture, then a caption."""
 
-    picture: str
+    picture: "str | TextPicture"
     turns: tuple[tuple[str, str], ...]
     caption: str = ""
 
     @property
     def texts(self) -> list[str]:
         """Every text in it, without what the chat format adds."""
-        return [self.picture, *(text for turn in self.turns for text in turn), self.caption]
+        words = (
+            [self.picture]
+            if isinstance(self.picture, str)
+            else [f" {w}" for patch in self.picture for w in patch]
+        )
+        return [*words, *(text for turn in self.turns for text in turn), self.caption]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded; the padding needs no mask, since attention looks back only.
+
+    `words_SW` holds the words of the patches, of all text pictures in order, padded; they stand at `slots_BL`.
+    """
+
+    ids_BL: Tensor
+    labels_BL: Tensor
+    slots_BL: Tensor
+    words_SW: Tensor
 
 
 def language_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
     """About 0.7 million weights."""
+    hidden = 128
     return LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
+        hidden_size=hidden,
         intermediate_size=256,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
+        initializer_range=hidden**-0.5,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -74,13 +104,12 @@ def train_language(
     model = LlamaForCausalLM(language_config(tokenizer)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, RATE, total_steps=steps, pct_start=WARM_UP / steps, div_factor=100
+        optimizer, RATE, total_steps=steps, pct_start=min(0.3, WARM_UP / steps), div_factor=100
     )
     batches = _batches(tokenizer, seed)
     running = 0.0
     for step in range(1, steps + 1):
-        ids_BL, labels_BL = next(batches)
-        loss = answer_loss(model, ids_BL, labels_BL)
+        loss = answer_loss(model, next(batches))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -93,7 +122,7 @@ def train_language(
     return model.eval()
 
 
-def _batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Batch]:
     """Batches of samples of about one length, in random order."""
     samples = world_samples(seed, shapes.TRAIN)
     rng = random.Random(f"batches {seed}")
@@ -127,8 +156,18 @@ def sample(things: Sequence[Thing], rng: random.Random) -> Sample:
     drawn = rng.random()
     if drawn < PLAIN_SHARE:
         return Sample(text_picture(things, rng), (), rng.choice(captions))
+    if drawn < PLAIN_SHARE + NOTES_SHARE:
+        told_by = (
+            text_picture(things, rng)
+            if rng.random() < TEXT_PICTURE_SHARE
+            else rng.choice(captions[:-1]) + "\n"
+        )
+        return Sample(told_by, (), notes(things, rng))
+    drawn -= NOTES_SHARE
+    style: int | None
+    picture: str | TextPicture
     if rng.random() < TEXT_PICTURE_SHARE:
-        picture, style = text_picture(things, rng), None
+        style, picture = None, text_picture(things, rng)
     else:
         style = rng.randrange(len(captions))
         picture = captions[style]
@@ -137,7 +176,7 @@ def sample(things: Sequence[Thing], rng: random.Random) -> Sample:
         turns = [turn for turn in [rules.detail(*told)] if turn]
     elif drawn < PLAIN_SHARE + DETAIL_SHARE + REASONING_SHARE:
         turns = [turn for turn in [rules.reasoning(*told)] if turn]
-    turns = turns or rules.conversation(*told, turns=TURNS)
+    turns = turns or rules.conversation(*told, turns=TURNS, kinds=shapes.KINDS)
     if style == len(captions) - 1:
         turns = [turn for turn in turns if turn.kind not in NEEDS_PLACES]
     if not turns:
@@ -145,28 +184,37 @@ def sample(things: Sequence[Thing], rng: random.Random) -> Sample:
     return Sample(picture, tuple((turn.question, turn.answer) for turn in turns))
 
 
-def text_picture(things: Sequence[Thing], rng: random.Random) -> str:
-    """The scene as 4 x 4 words in raster order: each place's four patches tell its thing's size, colour and shape."""
+def notes(things: Sequence[Thing], rng: random.Random) -> str:
+    """Facts in a row, each found by a shape, a colour, both or a place: binding, far denser than in questions."""
+    keys = [
+        (key, thing)
+        for thing in things
+        for key in (thing.shape, thing.colour, thing.category, PLACES[thing.place])
+        if sum(key in f"{other.phrase} {PLACES[other.place]}" for other in things) == 1
+    ]
+    drawn = rng.sample(keys, min(NOTES, len(keys)))
+    return "; ".join(f"{key}: {thing.phrase} {PLACES[thing.place]}" for key, thing in drawn)
+
+
+def text_picture(things: Sequence[Thing], rng: random.Random) -> TextPicture:
+    """The scene in words: each place's four patches tell what is there and which place it is, with gaps."""
+    at = {thing.place: thing.phrase for thing in things}
+    told = [f"{at.get(place, 'empty')} {name}".split() for place, name in enumerate(PLACES)]
     half = PATCHES_PER_SIDE // 2
-    at = {thing.place: thing for thing in things}
-    grid = [[""] * PATCHES_PER_SIDE for _ in range(PATCHES_PER_SIDE)]
-    for place in range(len(PLACES)):
-        words = ["empty"] * half**2
-        if thing := at.get(place):
-            words = [thing.size, thing.colour, thing.shape]
-            words = rng.sample([*words, rng.choice(words)], half**2)
-        for patch, word in enumerate(words):
-            grid[place // 2 * half + patch // half][place % 2 * half + patch % half] = word
-    return "".join(f" {word}" for row in grid for word in row)
+    return tuple(
+        tuple(word for word in told[row // half * 2 + column // half] if rng.random() >= WORD_DROP)
+        for row, column in itertools.product(range(PATCHES_PER_SIDE), repeat=2)
+    )
 
 
 def pieces(sample: Sample) -> list[tuple[str, bool]]:
     """The rendered text in pieces, each with whether it is to be learnt."""
+    picture = sample.picture if isinstance(sample.picture, str) else SLOT
     if not sample.turns:
-        return [(sample.picture, False), (sample.caption + "\n", True)]
+        return [(picture, False), (sample.caption + "\n", True)]
     parts = []
     for number, (question, answer) in enumerate(sample.turns):
-        slot = sample.picture + "\n" if number == 0 else ""
+        slot = picture + "\n" if number == 0 else ""
         parts += [
             (f"{START}user\n{slot}{question}{END}\n{START}assistant\n", False),
             (f"{answer}{END}", True),
@@ -175,13 +223,14 @@ def pieces(sample: Sample) -> list[tuple[str, bool]]:
     return parts
 
 
-def batch(tokenizer: PreTrainedTokenizerFast, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
-    """Ids and labels, right-padded; the padding needs no mask, since attention looks back only."""
+def batch(tokenizer: PreTrainedTokenizerFast, samples: Sequence[Sample]) -> Batch:
+    """Ids, labels and text pictures of some samples."""
     rows = [pieces(one) for one in samples]
-    flat = tokenizer([text for row in rows for text, _ in row], add_special_tokens=False)["input_ids"]
-    encoded = iter(flat)
-    ids, labels = [], []
-    for row in rows:
+    encoded = iter(
+        tokenizer([text for row in rows for text, _ in row], add_special_tokens=False)["input_ids"]
+    )
+    ids, labels, slots = [], [], []
+    for one, row in zip(samples, rows, strict=True):
         row_ids: list[int] = []
         row_labels: list[int] = []
         for _, learnt in row:
@@ -190,15 +239,45 @@ def batch(tokenizer: PreTrainedTokenizerFast, samples: Sequence[Sample]) -> tupl
             row_labels += piece if learnt else [IGNORED] * len(piece)
         ids.append(torch.tensor(row_ids))
         labels.append(torch.tensor(row_labels))
-    pad = tokenizer.pad_token_id
-    return (
-        torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad),
-        torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+        slots.append(ids[-1].eq(tokenizer.pad_token_id) & (not isinstance(one.picture, str)))
+    return Batch(
+        _padded(ids, tokenizer.pad_token_id),
+        _padded(labels, IGNORED),
+        _padded(slots, 0),
+        _words(tokenizer, samples),
     )
 
 
-def answer_loss(model: LlamaForCausalLM, ids_BL: Tensor, labels_BL: Tensor) -> Tensor:
+def hidden_states(model: LlamaForCausalLM, given: Batch) -> Tensor:
+    """The last hidden states, (batch, length, width), with text pictures as sums of their words' embeddings."""
+    embed = model.get_input_embeddings()
+    sums_SH = (embed(given.words_SW) * given.words_SW.ne(model.config.pad_token_id).unsqueeze(-1)).sum(1)
+    embedded_BLH = embed(given.ids_BL).masked_scatter(given.slots_BL.unsqueeze(-1), sums_SH)
+    return model.model(inputs_embeds=embedded_BLH).last_hidden_state
+
+
+def answer_loss(model: LlamaForCausalLM, given: Batch) -> Tensor:
     """Mean cross-entropy over the supervised positions; only they meet the vocabulary."""
-    hidden_BLH = model.model(input_ids=ids_BL).last_hidden_state[:, :-1]
-    wanted = labels_BL[:, 1:] != IGNORED
-    return functional.cross_entropy(model.lm_head(hidden_BLH[wanted]), labels_BL[:, 1:][wanted])
+    labels_BL = given.labels_BL[:, 1:]
+    wanted = labels_BL != IGNORED
+    return functional.cross_entropy(
+        model.lm_head(hidden_states(model, given)[:, :-1][wanted]), labels_BL[wanted]
+    )
+
+
+def _words(tokenizer: PreTrainedTokenizerFast, samples: Sequence[Sample]) -> Tensor:
+    patches = [patch for one in samples if not isinstance(one.picture, str) for patch in one.picture]
+    ids = {
+        word: tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
+        for patch in patches
+        for word in patch
+    }
+    rows = torch.full((len(patches), WORDS_AT_MOST), tokenizer.pad_token_id)
+    for row, patch in zip(rows, patches, strict=True):
+        known = [token for word in patch for token in ids[word]]
+        row[: len(known)] = torch.tensor(known, dtype=torch.long)
+    return rows
+
+
+def _padded(rows: Sequence[Tensor], value: int) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)

@@ -35,20 +35,22 @@ def language_gates(
             continue
         captions = shapes.captions(things, rng)
         objects = [(t.category, box) for t, box in zip(things, shapes.boxes(things, rng), strict=True)]
-        told = [language.text_picture(things, rng), *captions[:-1]]
-        for turn in rules.conversation(captions, objects, shapes.SIDE, shapes.SIDE, rng, QUESTIONS_EACH):
+        told: list[str | language.TextPicture] = [language.text_picture(things, rng), *captions[:-1]]
+        for turn in rules.conversation(
+            captions, objects, shapes.SIDE, shapes.SIDE, rng, QUESTIONS_EACH, shapes.KINDS
+        ):
             style = rng.randrange(len(told))
-            name = "text picture" if style == 0 else f"caption style {style}"
+            name = "text pictures" if style == 0 else "captions"
             asked.append((name, turn.kind, language.Sample(told[style], ((turn.question, turn.answer),))))
     asked = asked[: scenes * QUESTIONS_EACH]
     right: dict[str, list[bool]] = {}
     for some in _chunks(asked, 64):
-        ids_BL, labels_BL = language.batch(tokenizer, [sample for _, _, sample in some])
-        guesses_BL = model(input_ids=ids_BL).logits[:, :-1].argmax(-1)
-        labels_BL = labels_BL[:, 1:]
+        given = language.batch(tokenizer, [sample for _, _, sample in some])
+        guesses_BL = model.lm_head(language.hidden_states(model, given))[:, :-1].argmax(-1)
+        labels_BL = given.labels_BL[:, 1:]
         exact_B = ((guesses_BL == labels_BL) | (labels_BL == language.IGNORED)).all(-1)
         for (told_by, kind, _), exact in zip(some, exact_B.tolist(), strict=True):
-            for name in ("answers from text", f"answers from {told_by}", f"{kind} from text"):
+            for name in (f"answers from {told_by}", f"{kind} from {told_by}"):
                 right.setdefault(name, []).append(exact)
     return {name: 100 * sum(marks) / len(marks) for name, marks in sorted(right.items())}
 

@@ -23,7 +23,8 @@ TOWERS = Path(__file__).parent / "towers"
 LANGUAGE, VISION, RECORD = "language", "vision", "record.json"
 GATE = 95.0
 GATED = (
-    "answers from text",
+    "answers from captions",
+    "answers from text pictures",
     "colour from patches",
     "shape from patches",
     "size from patches",
@@ -76,6 +77,8 @@ def measure(towers: Path, seed: int, scenes: int) -> dict[str, float]:
 
 def _save(model: LlamaForCausalLM | CLIPVisionModel, folder: Path) -> None:
     model.half().save_pretrained(folder, max_shard_size=SHARD_SIZE)
+    for path in folder.iterdir():
+        path.chmod(0o644)
 
 
 def _write_record(out: Path, seed: int, gates: dict[str, float], lines: list[str]) -> None:

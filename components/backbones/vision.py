@@ -88,7 +88,7 @@ def train_vision(
     weights = [*clip.parameters(), *to_text.parameters()]
     optimizer = torch.optim.AdamW(weights, lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, RATE, total_steps=steps, pct_start=WARM_UP / steps, div_factor=100
+        optimizer, RATE, total_steps=steps, pct_start=min(0.3, WARM_UP / steps), div_factor=100
     )
     phrase_ids_PL = _text(tokenizer, PHRASES)
     running = torch.zeros(2)

@@ -10,9 +10,20 @@ Every function is pure: the same arguments and the same state of `rng` give the 
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
+from components.instruct.view import (
+    CLEARLY_APART,
+    CLEARLY_BIGGER,
+    CROWD,
+    Box,
+    View,
+    draw_pair,
+    look,
+    quarter,
+    side_of,
+)
 from components.instruct.words import (
     BRIEF_REQUESTS,
     COCO_NAMES,
@@ -24,15 +35,18 @@ from components.instruct.words import (
     with_article,
 )
 
-__all__ = ["BRIEF_REQUESTS", "DETAIL_REQUESTS", "Objects", "Turn", "conversation", "detail", "reasoning"]
+__all__ = [
+    "ASK",
+    "BRIEF_REQUESTS",
+    "DETAIL_REQUESTS",
+    "Objects",
+    "Turn",
+    "conversation",
+    "detail",
+    "reasoning",
+]
 
-Box = tuple[float, float, float, float]
 Objects = Sequence[tuple[str, Box]] | None
-
-CROWD = 12
-CLEAR_OF_MIDDLE = 0.08
-CLEARLY_BIGGER = 2.0
-CLEARLY_APART = 0.15
 
 
 @dataclass(frozen=True)
@@ -44,49 +58,27 @@ class Turn:
     answer: str
 
 
-@dataclass(frozen=True)
-class Thing:
-    """One object; lengths are shares of the picture's sides, the centre is (x, y) from the top left."""
-
-    category: str
-    colour: str | None
-    noun: str
-    x: float
-    y: float
-    width: float
-    height: float
-
-    @property
-    def area(self) -> float:
-        return self.width * self.height
-
-
-@dataclass(frozen=True)
-class View:
-    """What the teacher knows about one picture."""
-
-    captions: tuple[str, ...]
-    things: tuple[Thing, ...]
-    names: dict[str, Thing]
-
-    @property
-    def described(self) -> bool:
-        """Whether every object carries a colour, as in a full description; lists of mere categories never are."""
-        return bool(self.things) and all(thing.colour for thing in self.things)
-
-
 def conversation(
-    captions: Sequence[str], objects: Objects, width: int, height: int, rng: random.Random, turns: int
+    captions: Sequence[str],
+    objects: Objects,
+    width: int,
+    height: int,
+    rng: random.Random,
+    turns: int,
+    kinds: Collection[str] | None = None,
 ) -> list[Turn]:
-    """Up to `turns` turns, of different kinds before a kind repeats; no question twice. Empty if nothing is sure."""
+    """Up to `turns` turns of `kinds` (None: all), of different kinds before a kind repeats; no question twice.
+
+    Empty if nothing is sure.
+    """
     if objects is None:
         return [_brief(captions, rng)] if captions else []
-    view = _view(captions, objects, width, height)
+    view = look(captions, objects, width, height)
+    makers = [make for kind, make in ASK.items() if kinds is None or kind in kinds]
     asked: dict[str, Turn] = {}
     for _ in range(turns):
-        round_ = rng.sample(list(ASK), len(ASK))
-        for kind in round_:
-            turn = ASK[kind](view, rng)
+        for make in rng.sample(makers, len(makers)):
+            turn = make(view, rng)
             if len(asked) < turns and turn is not None:
                 asked.setdefault(turn.question, turn)
     return list(asked.values())
@@ -101,7 +93,7 @@ def detail(
     request = rng.choice(DETAIL_REQUESTS)
     if objects is None:
         return Turn("detail", request, " ".join(_sentence(c) for c in sorted(set(captions), key=len)[-2:]))
-    view = _view(captions, objects, width, height)
+    view = look(captions, objects, width, height)
     parts = [_sentence(rng.choice(list(captions)))]
     counts = Counter(thing.category for thing in view.things)
     if counts and len(view.things) <= CROWD:
@@ -109,7 +101,7 @@ def detail(
         verb = "is" if next(iter(counts.values())) == 1 else "are"
         parts.append(f"There {verb} {_listed(amounts)}.")
     for name, thing in view.names.items():
-        if name == thing.category and (place := _place(thing)):
+        if name == thing.category and (place := quarter(thing)):
             parts.append(f"The {name} is in the {place} part of the picture.")
     return Turn("detail", request, " ".join(parts))
 
@@ -121,7 +113,7 @@ def reasoning(
     del captions
     if not objects:
         return None
-    view = _view((), objects, width, height)
+    view = look((), objects, width, height)
     makers = [_order_reasoning, _size_reasoning]
     for maker in rng.sample(makers, len(makers)):
         if (turn := maker(view, rng)) is not None:
@@ -147,7 +139,7 @@ def _count(view: View, rng: random.Random) -> Turn | None:
 
 
 def _where(view: View, rng: random.Random) -> Turn | None:
-    placed = [(name, place) for name, thing in view.names.items() if (place := _place(thing))]
+    placed = [(name, place) for name, thing in view.names.items() if (place := quarter(thing))]
     if not placed:
         return None
     name, place = rng.choice(placed)
@@ -191,18 +183,18 @@ def _shape(view: View, rng: random.Random) -> Turn | None:
 def _what(view: View, rng: random.Random) -> Turn | None:
     if not view.described:
         return None
-    places = Counter(_place(thing) for thing in view.things)
+    places = Counter(quarter(thing) for thing in view.things)
     single = [
-        thing for thing in view.things if _place(thing) and places[_place(thing)] == places[None] + 1 == 1
+        thing for thing in view.things if quarter(thing) and places[quarter(thing)] == places[None] + 1 == 1
     ]
     if not single:
         return None
     thing = rng.choice(single)
-    return _turn("what", rng, with_article(thing.category), place=_place(thing))
+    return _turn("what", rng, with_article(thing.category), place=quarter(thing))
 
 
 def _size(view: View, rng: random.Random) -> Turn | None:
-    pair = _pair(view, rng, lambda a, b: max(a.area, b.area) >= CLEARLY_BIGGER * min(a.area, b.area))
+    pair = draw_pair(view, rng, lambda a, b: max(a.area, b.area) >= CLEARLY_BIGGER * min(a.area, b.area))
     if pair is None:
         return None
     (first, a), (second, b) = pair
@@ -216,11 +208,11 @@ def _size(view: View, rng: random.Random) -> Turn | None:
 
 
 def _relation(view: View, rng: random.Random) -> Turn | None:
-    pair = _pair(view, rng, lambda a, b: _side(a, b) is not None)
+    pair = draw_pair(view, rng, lambda a, b: side_of(a, b) is not None)
     if pair is None:
         return None
     (first, a), (second, b) = pair
-    across, side = _side(a, b) or ("", "")
+    across, side = side_of(a, b) or ("", "")
     ways = "to the left or to the right of" if across == "x" else "above or below"
     return _turn("relation", rng, side, first=first, second=second, ways=ways)
 
@@ -238,7 +230,7 @@ ASK: dict[str, Callable[[View, random.Random], Turn | None]] = {
 
 
 def _order_reasoning(view: View, rng: random.Random) -> Turn | None:
-    pair = _pair(view, rng, lambda a, b: abs(a.x - b.x) >= 2 * CLEARLY_APART)
+    pair = draw_pair(view, rng, lambda a, b: abs(a.x - b.x) >= 2 * CLEARLY_APART)
     if pair is None:
         return None
     (first, a), (second, b) = pair
@@ -254,7 +246,7 @@ def _order_reasoning(view: View, rng: random.Random) -> Turn | None:
 
 
 def _size_reasoning(view: View, rng: random.Random) -> Turn | None:
-    pair = _pair(view, rng, lambda a, b: max(a.area, b.area) >= CLEARLY_BIGGER * min(a.area, b.area))
+    pair = draw_pair(view, rng, lambda a, b: max(a.area, b.area) >= CLEARLY_BIGGER * min(a.area, b.area))
     if pair is None:
         return None
     (first, a), (second, b) = pair
@@ -264,49 +256,6 @@ def _size_reasoning(view: View, rng: random.Random) -> Turn | None:
         f"Which takes up more room in the picture, the {first} or the {second}, and could the other cover it?",
         f"The {covering} takes up more room. The {covered} is much smaller, so it could not cover it.",
     )
-
-
-def _view(captions: Sequence[str], objects: Sequence[tuple[str, Box]], width: int, height: int) -> View:
-    things = tuple(_thing(category, box, width, height) for category, box in objects)
-    uses = Counter(name for thing in things for name in {thing.category, thing.noun})
-    names = {name: thing for thing in things for name in (thing.category, thing.noun) if uses[name] == 1}
-    return View(tuple(captions), things, names if len(things) <= CROWD else {})
-
-
-def _thing(category: str, box: Box, width: int, height: int) -> Thing:
-    colour, _, noun = category.partition(" ")
-    if colour not in COLOURS or not noun:
-        colour, noun = "", category
-    x, y, w, h = box
-    return Thing(
-        category, colour or None, noun, (x + w / 2) / width, (y + h / 2) / height, w / width, h / height
-    )
-
-
-def _place(thing: Thing) -> str | None:
-    """The quarter that holds the thing's centre; None near a middle line or for a thing that fills the picture."""
-    if min(abs(thing.x - 0.5), abs(thing.y - 0.5)) < CLEAR_OF_MIDDLE or max(thing.width, thing.height) > 0.5:
-        return None
-    return f"{'top' if thing.y < 0.5 else 'bottom'} {'left' if thing.x < 0.5 else 'right'}"
-
-
-def _side(a: Thing, b: Thing) -> tuple[str, str] | None:
-    """(axis, side of `a` seen from `b`) where the centres differ clearly along one axis and little along the other."""
-    dx, dy = a.x - b.x, a.y - b.y
-    if abs(dx) >= CLEARLY_APART and abs(dx) >= 1.5 * abs(dy):
-        return "x", "left" if dx < 0 else "right"
-    if abs(dy) >= CLEARLY_APART and abs(dy) >= 1.5 * abs(dx):
-        return "y", "above" if dy < 0 else "below"
-    return None
-
-
-def _pair(
-    view: View, rng: random.Random, fits: Callable[[Thing, Thing], bool]
-) -> tuple[tuple[str, Thing], tuple[str, Thing]] | None:
-    """Two things of different names, in a drawn order, or None if no two fit."""
-    named = [(name, thing) for name, thing in view.names.items() if name == thing.category]
-    pairs = [(p, q) for p in named for q in named if p[0] != q[0] and fits(p[1], q[1])]
-    return rng.choice(pairs) if pairs else None
 
 
 def _absent_nouns(view: View) -> list[str]:

@@ -7,7 +7,7 @@ numbers), so the same row gives the same samples in any shard, in any order.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,6 +34,7 @@ class Teacher(Protocol):
         height: int,
         rng: random.Random,
         turns: int,
+        kinds: Collection[str] | None = None,
     ) -> list[Turn]:
         """Up to `turns` short questions with their answers."""
 
@@ -92,7 +93,7 @@ def questions(row: Row, photo: int, settings: InstructSettings) -> list[Question
         first, answer = row["conversations"][:2]
         return [Question(photo, 0, (row["kinds"] or [""])[0], (first, answer))]
     rng = random.Random(f"instruct held out {settings.seed} {row['id']}")
-    turns = TEACHERS[settings.teacher].conversation(*_known(row), rng, QUESTIONS_ASKED)
+    turns = TEACHERS[settings.teacher].conversation(*_known(row), rng, QUESTIONS_ASKED, settings.kinds)
     return [
         Question(photo, number, turn.kind, (cells[0], cells[1]))
         for number, turn in enumerate(turns)
@@ -135,7 +136,7 @@ def heldout_row(row: Row, question: Question) -> Row:
 def _write(kind: str, row: Row, settings: InstructSettings, rng: random.Random) -> list[Turn]:
     teacher = TEACHERS[settings.teacher]
     if kind == "conversation":
-        return teacher.conversation(*_known(row), rng, settings.turns)
+        return teacher.conversation(*_known(row), rng, settings.turns, settings.kinds)
     turn = (teacher.detail if kind == "detail" else teacher.reasoning)(*_known(row), rng)
     return [turn] if turn is not None else []
 

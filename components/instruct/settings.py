@@ -7,6 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from components.contract.component import Settings, run_field
+from components.instruct.rules import ASK
 from llava.data.schema import GroupSize
 
 
@@ -19,6 +20,9 @@ class InstructSettings(Settings):
     seed: int = Field(0, description="Seed of what is asked, of the types and of where the picture stands")
     per_photo: int = Field(2, ge=1, description="Samples about each photo at most (the paper has about two)")
     turns: int = Field(3, ge=1, description="Questions of a conversation at most")
+    kinds: tuple[str, ...] | None = Field(
+        None, description="Kinds of questions in conversations, such as colour, where, count; null: all"
+    )
     conversation_share: float = Field(58, ge=0, description="Weight of conversations among the samples")
     detail_share: float = Field(23, ge=0, description="Weight of detailed descriptions among the samples")
     reasoning_share: float = Field(77, ge=0, description="Weight of complex reasoning among the samples")
@@ -39,6 +43,8 @@ class InstructSettings(Settings):
 
     @model_validator(mode="after")
     def _something_to_write(self) -> Self:
+        if unknown := sorted(set(self.kinds or ()) - set(ASK)):
+            raise ValueError(f"kinds {', '.join(unknown)}: unknown; known: {', '.join(sorted(ASK))}")
         if not any(self.shares.values()):
             raise ValueError(
                 "conversation_share, detail_share and reasoning_share are all 0: nothing to write"

@@ -9,8 +9,8 @@ BRIEF_REQUESTS: tuple[str, ...] = (
     "Write one short sentence about this picture.",
     "What does this picture show? Keep it short.",
     "Put the content of the picture into one sentence.",
-    "Provide a compact caption for this picture.",
-    "How would you caption this picture?",
+    "Provide a one-line summary of this picture.",
+    "How would you put this picture into a few words?",
     "Name the main content of this picture briefly.",
     "Give a quick summary of what you see.",
 )

@@ -127,6 +127,9 @@ class DeepSpeedEngine:
                 parameter, self._partition(parameter, exp_avg_sq), "exp_avg_sq"
             )
             parameter.ds_tensor.data.copy_(mine)
+            if parameter.data.numel() == weight.numel():
+                # A small parameter stays gathered between steps; its partition alone would not be seen.
+                parameter.data.copy_(weight)
         else:
             access.safe_set_full_fp32_param(parameter, weight.to(self.device))
             access.safe_set_full_optimizer_state(parameter, exp_avg.to(self.device), "exp_avg")

@@ -1,66 +1,18 @@
-"""One local Ray for every component test of the session, and short cuts to run a component for real."""
+"""Short cuts to run a component for real."""
 
 from __future__ import annotations
 
-import logging
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
-import ray
 
 from components.contract.component import Component, Settings
 from components.contract.manifest import Artifact
 from components.contract.runner import Outcome, Workspace, run_component
 from components.contract.store import open_store
 from components.contract.tracking import Tracking
-
-if TYPE_CHECKING:
-    from tests.conftest import S3Server
-
-PHOTOS = Path(__file__).parents[2] / ".." / "shared" / "data" / "coco"
-
-
-@pytest.fixture(scope="session")
-def ray_local(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Ray on two CPUs, whose workers can reach the S3 server; gives its address."""
-    settings = {
-        **s3_server.env,
-        "LLAVA_CACHE": str(tmp_path_factory.mktemp("cache")),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_AUTH_MODE": "disabled",
-        "PYTHONPATH": os.pathsep.join(
-            [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-        ),
-    }
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    try:
-        context = ray.init(
-            num_cpus=2,
-            include_dashboard=False,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            object_store_memory=200 * 2**20,
-        )
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-    yield context.address_info["gcs_address"]
-    ray.shutdown()
-
-
-@pytest.fixture(scope="session")
-def coco_folder() -> Path:
-    """Real photos with captions and boxes, read in place."""
-    if not PHOTOS.is_dir():
-        pytest.skip("real photos are not here: ../shared/data/coco")
-    return PHOTOS
 
 
 class Lines:

@@ -1,5 +1,6 @@
 """Both stages as Ray Train jobs with DeepSpeed: what they write, and what survives a kill."""
 
+import functools
 import json
 import os
 import signal
@@ -65,12 +66,32 @@ class GivenData(Component):
         job.folder.upload(job.scratch / "part.parquet", "train/part-00000.parquet")
 
 
-@pytest.fixture
-def inputs(run_in: Run) -> dict[str, Artifact]:
+@pytest.fixture(scope="module")
+def inputs(run_at: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
+    root = tmp_path_factory.mktemp("inputs")
     return {
-        "model": run_in(GivenModel(), Settings()).artifact,
-        "dataset": run_in(GivenData(), Settings()).artifact,
+        "model": run_at(root, GivenModel(), Settings()).artifact,
+        "dataset": run_at(root, GivenData(), Settings()).artifact,
     }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    run_at: Run, inputs: dict[str, Artifact], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[int], Artifact]:
+    """Stage 2 at a ZeRO stage, run once for all tests; 0 is plain torch on one worker."""
+
+    @functools.cache
+    def run(zero_stage: int) -> Artifact:
+        root = tmp_path_factory.mktemp(f"zero-{zero_stage}")
+        return run_at(root, Finetune(), stage_2(zero_stage), inputs).artifact
+
+    return run
+
+
+def stage_2(zero_stage: int) -> FinetuneSettings:
+    workers = 2 if zero_stage else 1
+    return FinetuneSettings(**SMALL, template="chatml", workers=workers, zero_stage=zero_stage, epochs=2)
 
 
 def losses(artifact: Artifact) -> list[float]:
@@ -83,12 +104,8 @@ def weights(artifact: Artifact) -> dict[str, torch.Tensor]:
     return load_file(artifact.local("model") / "model.safetensors")
 
 
-@pytest.mark.parametrize("zero_stage", [2, 3])
-def test_stage_1_changes_the_projector_alone(
-    run_in: Run, inputs: dict[str, Artifact], zero_stage: int
-) -> None:
-    settings = PretrainSettings(**SMALL, workers=2, zero_stage=zero_stage)
-    trained = run_in(Pretrain(), settings, inputs).artifact
+def test_stage_1_changes_the_projector_alone(run_in: Run, inputs: dict[str, Artifact]) -> None:
+    trained = run_in(Pretrain(), PretrainSettings(**SMALL, workers=2, zero_stage=2), inputs).artifact
     before, after = weights(inputs["model"]), weights(trained)
     changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
     assert changed == {name for name in before if "multi_modal_projector" in name}
@@ -96,20 +113,15 @@ def test_stage_1_changes_the_projector_alone(
     assert trained.manifest.notes["coverage"]["samples"] == len(losses(trained)) * 8
 
 
-def test_stage_2_on_plain_torch_zero_2_and_zero_3_gives_one_curve(
-    run_in: Run, inputs: dict[str, Artifact], tmp_path: Path
-) -> None:
-    curves = []
-    for number, (zero_stage, workers) in enumerate([(0, 1), (2, 2), (3, 2)]):
-        settings = FinetuneSettings(**SMALL, template="chatml", workers=workers, zero_stage=zero_stage)
-        curves.append(losses(run_in(Finetune(), settings, inputs, root=tmp_path / str(number)).artifact))
-    assert curves[1] == pytest.approx(curves[0], abs=1e-4)
-    assert curves[2] == pytest.approx(curves[0], abs=1e-4)
+def test_plain_torch_zero_2_and_zero_3_give_one_curve(undisturbed: Callable[[int], Artifact]) -> None:
+    alone = losses(undisturbed(0))
+    assert len(alone) == 24
+    assert losses(undisturbed(2)) == pytest.approx(alone, abs=1e-4)
+    assert losses(undisturbed(3)) == pytest.approx(alone, abs=1e-4)
 
 
-def test_stock_transformers_loads_what_was_trained(run_in: Run, inputs: dict[str, Artifact]) -> None:
-    settings = FinetuneSettings(**SMALL, template="chatml", workers=1)
-    folder = run_in(Finetune(), settings, inputs).artifact.local("model")
+def test_stock_transformers_loads_what_was_trained(undisturbed: Callable[[int], Artifact]) -> None:
+    folder = undisturbed(2).local("model")
     model = LlavaForConditionalGeneration.from_pretrained(folder)
     processor = AutoProcessor.from_pretrained(folder)
     assert model.config.text_config._attn_implementation != "llava_segments"
@@ -119,20 +131,20 @@ def test_stock_transformers_loads_what_was_trained(run_in: Run, inputs: dict[str
 
 @pytest.mark.parametrize("zero_stage", [2, 3])
 def test_a_killed_worker_costs_nothing_but_time(
-    run_in: Run, inputs: dict[str, Artifact], tmp_path: Path, zero_stage: int
+    run_in: Run,
+    inputs: dict[str, Artifact],
+    undisturbed: Callable[[int], Artifact],
+    tmp_path: Path,
+    zero_stage: int,
 ) -> None:
-    settings = FinetuneSettings(**SMALL, template="chatml", workers=2, zero_stage=zero_stage, epochs=4)
-    undisturbed = run_in(Finetune(), settings, inputs, root=tmp_path / "undisturbed").artifact
     killed: list[int] = []
-    killer = threading.Thread(
-        target=kill_after_checkpoint, args=(tmp_path / "disturbed", killed), daemon=True
-    )
+    killer = threading.Thread(target=kill_after_checkpoint, args=(tmp_path / "root", killed), daemon=True)
     killer.start()
-    disturbed = run_in(Finetune(), settings, inputs, root=tmp_path / "disturbed").artifact
+    disturbed = run_in(Finetune(), stage_2(zero_stage), inputs, root=tmp_path / "root").artifact
     killer.join(10)
     assert len(killed) == 1
-    assert losses(disturbed) == losses(undisturbed)
-    ours, theirs = weights(disturbed), weights(undisturbed)
+    assert losses(disturbed) == losses(undisturbed(zero_stage))
+    ours, theirs = weights(disturbed), weights(undisturbed(zero_stage))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
