@@ -14,6 +14,7 @@ from llava.errors import LlavaError, RefusedInput
 
 IGNORE = -100
 IMAGE = "<image>"
+_SHORT, _KNOWN = 120, 50_000
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,8 @@ class Encoder:
         self.image_tokens = image_tokens
         self.max_length = max_length
         self.image_id = tokenizer.convert_tokens_to_ids(IMAGE)
+        # Markup and short phrases come again and again; a call of the tokenizer costs tens of microseconds.
+        self._known: dict[tuple[str, bool], tuple[int, ...]] = {}
         # Sentencepiece tokenizers put a space before a text; inside a sample that space does not exist.
         self._joint = self._raw("\n") if self._raw("a") != self._raw("\na")[len(self._raw("\n")) :] else None
 
@@ -180,9 +183,7 @@ class Encoder:
         return self._raw("\n" + text)[len(self._joint) :] if text else []
 
     def _raw(self, text: str) -> list[int]:
-        return (
-            self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) if text else []
-        )
+        return self._ids(text, plain=True) if text else []
 
     def _markup(self, text: str) -> list[int]:
         """Text of the table, in which special tokens are special."""
@@ -190,9 +191,15 @@ class Encoder:
             return []
         begin, end = self.tokenizer.bos_token or "", self.tokenizer.eos_token or ""
         text = text.replace("{bos}", begin).replace("{eos}", end)
-        return (
-            self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False) if text else []
-        )
+        return self._ids(text, plain=False) if text else []
+
+    def _ids(self, text: str, plain: bool) -> list[int]:
+        found = self._known.get((text, plain))
+        if found is None:
+            found = tuple(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=plain))
+            if len(text) <= _SHORT and len(self._known) < _KNOWN:
+                self._known[text, plain] = found
+        return list(found)
 
 
 def check_turns(turns: Sequence[dict[str, str]]) -> None:

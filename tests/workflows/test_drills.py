@@ -1,0 +1,73 @@
+"""`make drills`: what takes too long for every run of the tests. The figures are printed."""
+
+import os
+import random
+import signal
+import statistics
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.workflows.test_workflow import LLAVA, SMALL, environment, llava
+
+pytestmark = pytest.mark.drill
+
+
+def test_three_seeds_all_see_the_picture(tmp_path: Path) -> None:
+    right = []
+    for seed in range(3):
+        seeds = [
+            f"{stage}.seed={seed}" for stage in ("backbones", "shard", "instruct", "pretrain", "finetune")
+        ]
+        run = llava("train", "tiny", *[part for each in seeds for part in ("--set", each)], cwd=tmp_path)
+        assert run.status == 0, run.err
+        scores = run.summary["scores"]
+        found = [scores[f"eval/vqa/{name}"] for name in ("exact_match", "blank_image", "wrong_image")]
+        print(f"seed {seed}: right {found[0]:.1f} %, blank {found[1]:.1f} %, wrong {found[2]:.1f} %")
+        right.append(found[0])
+        assert found[0] > 70
+        assert found[0] - found[1] >= 30
+        assert found[0] - found[2] >= 30
+    print(f"mean {statistics.mean(right):.1f} %")
+    assert statistics.mean(right) > 80
+
+
+@pytest.mark.parametrize("round_", range(10))
+def test_a_driver_killed_at_a_random_moment_changes_nothing(tmp_path: Path, round_: int) -> None:
+    """kill -9 of the whole command, wherever it is: shard, instruct, either stage, evaluation."""
+    settings = [
+        "train",
+        "tiny",
+        *SMALL,
+        "--set",
+        "finetune.checkpoint_every=5",
+        "--set",
+        f"finetune.seed={round_}",
+    ]
+    for name in ("killed", "undisturbed"):
+        (tmp_path / name).mkdir()
+    undisturbed = llava(*settings, cwd=tmp_path / "undisturbed")
+    assert undisturbed.status == 0, undisturbed.err
+    length = sum(undisturbed.summary["seconds"].values())
+    driver = subprocess.Popen(
+        [*LLAVA, *settings], cwd=tmp_path / "killed", env=environment(), stderr=subprocess.PIPE
+    )
+    moment = random.uniform(5, length)
+    try:
+        driver.wait(moment)
+    except subprocess.TimeoutExpired:
+        os.kill(driver.pid, signal.SIGKILL)
+        driver.wait(30)
+    print(f"round {round_}: killed after {moment:.1f} s of about {length:.0f} s")
+    resumed = llava(*settings, cwd=tmp_path / "killed")
+    assert resumed.status == 0, resumed.err
+    ours, theirs = (
+        load_file(Path(run.summary["artifacts"]["finetune"]) / "model" / "model.safetensors")
+        for run in (resumed, undisturbed)
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert str(resumed.summary["model"]["version"]) == "1"
+    assert resumed.summary["scores"] == undisturbed.summary["scores"]
