@@ -20,7 +20,6 @@ class Standing:
     loss: float
     samples_per_second: float
     tokens_per_second: float
-    note: str = ""
 
 
 class Board:
@@ -29,6 +28,15 @@ class Board:
     def __init__(self) -> None:
         self._standing: dict[str, Any] | None = None
         self._failure: tuple[str, int] | None = None
+        self._notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        """A line for the user."""
+        self._notes.append(text)
+
+    def notes(self, first: int) -> list[str]:
+        """The lines from number `first` on."""
+        return self._notes[first:]
 
     def put(self, standing: dict[str, Any]) -> None:
         self._standing = standing
@@ -50,6 +58,7 @@ class Watcher:
     def __init__(self, board: Any, job: Job, every: float = 10.0):
         self._board, self._job, self._every = board, job, every
         self._stop = threading.Event()
+        self._told = 0
         self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
 
     def __enter__(self) -> "Watcher":
@@ -59,6 +68,7 @@ class Watcher:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join(timeout=10)
+        self._standing()
 
     def _watch(self) -> None:
         import sys
@@ -70,7 +80,12 @@ class Watcher:
 
     def _standing(self) -> Standing | None:
         try:
-            found = ray.get(self._board.get.remote(), timeout=5)
+            notes, found = ray.get(
+                [self._board.notes.remote(self._told), self._board.get.remote()], timeout=5
+            )
+            self._told += len(notes)
+            for note in notes:
+                self._job.say(note)
         except Exception:
             # Whoever watches must never end what it watches.
             return None

@@ -165,7 +165,7 @@ class _Run:
         self.history = [json.loads(line) for line in (local / HISTORY).read_text().splitlines()]
         self.logged = len(self.history)
         if self.chief:
-            print(f"resuming after step {position.step} of {self.plan.steps} from {name}", flush=True)
+            self.task.board.note.remote(f"resuming after step {position.step} of {self.plan.steps}")
         return position.step
 
     def after_step(self, report: StepReport) -> bool:
