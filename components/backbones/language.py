@@ -22,8 +22,8 @@ from components.instruct import rules
 from components.shapes import PLACES, Thing
 
 PATCHES_PER_SIDE = 4
-RATE = 2.5e-3
-STEPS = 4500
+CYCLES = ((2.5e-3, 4500), (1.5e-3, 4000))
+"""Peak rate and steps; a second warm-up and fall binds what the first left loose."""
 BATCH = 16
 WARM_UP = 150
 SORTED_BATCHES = 16
@@ -97,16 +97,33 @@ def language_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
 
 
 def train_language(
-    tokenizer: PreTrainedTokenizerFast, seed: int, say: Callable[[str], None], steps: int = STEPS
+    tokenizer: PreTrainedTokenizerFast, seed: int, say: Callable[[str], None]
 ) -> LlamaForCausalLM:
     """A Llama from nothing; loss on answers, on what ends them, and on captions that follow a text picture."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(language_config(tokenizer)).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    model = LlamaForCausalLM(language_config(tokenizer))
+    for number in range(len(CYCLES)):
+        train_cycle(model, tokenizer, seed, number, say)
+        # As they are kept on disk, so that a cycle can start from what the one before left there.
+        model.half().float()
+    return model.eval()
+
+
+def train_cycle(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    number: int,
+    say: Callable[[str], None],
+) -> None:
+    """Cycle `number` of `CYCLES`, on text of its own."""
+    rate, steps = CYCLES[number]
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, RATE, total_steps=steps, pct_start=min(0.3, WARM_UP / steps), div_factor=100
+        optimizer, rate, total_steps=steps, pct_start=min(0.3, WARM_UP / steps), div_factor=100
     )
-    batches = _batches(tokenizer, seed)
+    batches = _batches(tokenizer, seed + 1000 * number)
     running = 0.0
     for step in range(1, steps + 1):
         loss = answer_loss(model, next(batches))
@@ -117,9 +134,8 @@ def train_language(
         optimizer.zero_grad(set_to_none=True)
         running += loss.item()
         if step % 250 == 0:
-            say(f"language: step {step}/{steps}, loss {running / 250:.4f}")
+            say(f"language: cycle {number + 1}, step {step}/{steps}, loss {running / 250:.4f}")
             running = 0.0
-    return model.eval()
 
 
 def _batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Batch]:
