@@ -53,7 +53,7 @@ def join(
     """
     if template not in TEMPLATES:
         raise RefusedInput(f"template {template!r} is unknown; known: {', '.join(sorted(TEMPLATES))}")
-    _quiet()
+    quiet()
     tokenizer.add_special_tokens(
         {"additional_special_tokens": [AddedToken(IMAGE, special=True, normalized=False)]}
     )
@@ -95,7 +95,7 @@ def join(
 
 def save(model: LlavaForConditionalGeneration, processor: Any, folder: Path, template: str) -> None:
     """As a folder that stock transformers loads, with the template named in it."""
-    _quiet()
+    quiet()
     with stock_attention(model):
         model.save_pretrained(folder, max_shard_size="4GB")
     processor.chat_template = chat_template(template)
@@ -115,7 +115,7 @@ def template_of(folder: Path) -> str:
 
 def load(folder: Path, dtype: torch.dtype) -> LlavaForConditionalGeneration:
     """Weights only from safetensors; nothing remote is asked and no code of the folder is run."""
-    _quiet()
+    quiet()
     return LlavaForConditionalGeneration.from_pretrained(
         folder, dtype=dtype, local_files_only=True, use_safetensors=True, attn_implementation="sdpa"
     )
@@ -201,7 +201,7 @@ def stock_attention(model: LlavaForConditionalGeneration) -> Iterator[None]:
         text.set_attn_implementation(before)
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Bars for files that load in a moment, and advice on resizing that was followed on purpose, say nothing."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()

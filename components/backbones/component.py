@@ -51,14 +51,15 @@ class Backbones(Component):
             gates = json.loads((towers / RECORD).read_text())["gates"]
         job.metrics.update({f"gate/{name}": float(value) for name, value in gates.items()})
         measured = "measured now" if settings.retrain else "as recorded when they were made"
-        figures = ", ".join(f"{name} {value:.1f} %" for name, value in gates.items())
-        job.say(f"tiny towers ({measured}): {figures}")
+        figures = ", ".join(f"{name} {gates[name]:.1f} %" for name in tiny.GATED)
+        job.say(f"tiny towers, held-out scenes ({measured}): {figures}")
         _join(job, towers, settings)
 
 
 def _join(job: Job, towers: Path, settings: BackbonesSettings) -> None:
     from transformers import AutoImageProcessor, AutoTokenizer, CLIPVisionModel, LlamaForCausalLM
 
+    models.quiet()
     language = LlamaForCausalLM.from_pretrained(towers / "language", dtype="float32", local_files_only=True)
     vision = CLIPVisionModel.from_pretrained(towers / "vision", dtype="float32", local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(towers / "language", local_files_only=True)

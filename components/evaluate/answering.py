@@ -6,6 +6,7 @@ A finished chunk lies in the artifact's folder until commit; after a crash it is
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from components.evaluate.scores import CONDITIONS, Answered, is_match
 from llava.data.images import BadImage, decode
 from llava.errors import LlavaError
 
+SAY_EVERY_SECONDS = 5.0
 CHUNK = 64
 """Questions per part. Fixed, so that a part means the same whatever the batch size and the workers."""
 
@@ -110,12 +112,14 @@ def answer_all(
     missing = [start for start in starts if folder.stat(_part(start)) is None]
     if len(missing) < len(starts):
         say(f"{len(starts) - len(missing)} of {len(starts)} chunks of answers are there already")
-    done = len(starts) - len(missing)
+    done, last = len(starts) - len(missing), -SAY_EVERY_SECONDS
     for start, rows in _answers(model, asked, missing, max_new_tokens, batch_size, workers):
         before_write()
         folder.write(_part(start), to_jsonl(rows))
         done += 1
-        say(f"{min(done * CHUNK, len(asked)):,} of {len(asked):,} questions answered")
+        if time.monotonic() - last >= SAY_EVERY_SECONDS or done == len(starts):
+            say(f"{min(done * CHUNK, len(asked)):,} of {len(asked):,} questions answered")
+            last = time.monotonic()
     return [row for start in starts for row in from_jsonl(folder.read(_part(start)))]
 
 
