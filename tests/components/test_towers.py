@@ -86,7 +86,7 @@ def test_the_language_model_reads_only_about_scenes_of_its_split():
         s.picture for s in samples if isinstance(s.picture, str) and s.picture.startswith("top left: ")
     ]
     for told in by_place:
-        phrases = [part.split(": ")[1] for part in told.split("; ")]
+        phrases = [part.split(": ")[1] for part in told.strip().split("; ")]
         things = [shapes.Thing(i, *phrase.split()) for i, phrase in enumerate(phrases) if phrase != "empty"]
         assert shapes.split_of(things) == shapes.TRAIN
     assert len(by_place) > 10
