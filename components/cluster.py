@@ -2,9 +2,12 @@
 
 import os
 import secrets
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 def prepare() -> None:
@@ -25,16 +28,15 @@ def connect() -> None:
 
     if ray.is_initialized():
         return
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level="warning")
-        return
-    # A machine with one core still has to place a task beside a waiting one.
-    ray.init(
-        num_cpus=max(2, os.cpu_count() or 1),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="warning",
-    )
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
+    if not os.environ.get("RAY_ADDRESS"):
+        # A machine with one core still has to place a task beside a waiting one.
+        quiet |= {"num_cpus": max(2, os.cpu_count() or 1), "include_dashboard": False}
+    terminated = signal.getsignal(signal.SIGTERM)
+    ray.init(**quiet)
+    if threading.current_thread() is threading.main_thread():
+        # Ray puts its own handler in the place of the command's, whose exit status is a promise.
+        signal.signal(signal.SIGTERM, terminated)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from components.contract import (
     say,
 )
 from components.models import Registry, tracking_uri
+from llava.errors import AlreadyRunning, RefusedInput
 from workflows.train import STAGES
 
 
@@ -36,6 +37,9 @@ def prune(root: str, yes: bool) -> None:
     store = open_store(root)
     found = list(_artifacts(store))
     kept = _referred(found, Registry(tracking_uri(root)))
+    busy = [owner for each in found if (owner := holder(each.folder))]
+    if yes and busy:
+        raise AlreadyRunning(f"{root}: {busy[0].who} is making something here; prune when nothing runs")
     gone = 0
     for each in found:
         if each.artifact is not None and each.artifact.digest in kept:
@@ -64,11 +68,13 @@ def _artifacts(store: Store) -> list[Found]:
 def _referred(found: list[Found], registry: Registry) -> set[str]:
     """Digests of everything that a registered version came from."""
     artifacts = {each.artifact.digest: each.artifact for each in found if each.artifact is not None}
-    waiting = [
-        artifact.digest
-        for artifact in artifacts.values()
-        if artifact.manifest.component == "register" and _registered(artifact, registry)
-    ]
+    registrations = [one for one in artifacts.values() if one.manifest.component == "register"]
+    waiting = [one.digest for one in registrations if _registered(one, registry)]
+    if registrations and not waiting:
+        raise RefusedInput(
+            f"none of the {len(registrations)} registrations of this root is in MLflow at {registry.uri}: "
+            "set MLFLOW_TRACKING_URI to the one that it was trained with"
+        )
     kept: set[str] = set()
     while waiting:
         digest = waiting.pop()

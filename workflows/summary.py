@@ -1,6 +1,6 @@
 """What a person reads at the end of a run, and what to type next."""
 
-from components.contract import Workspace, say
+from components.contract import Workspace, open_store, read_artifact, say
 from workflows.train import Summary
 
 
@@ -23,7 +23,18 @@ def show(summary: Summary, workspace: Workspace) -> None:
         )
     if "finetune" in summary.artifacts:
         say("")
-        say(
-            f'ask it:  llava ask --model {summary.artifacts["finetune"]} --image PHOTO "What is in the picture?"'
-        )
+        picture, question = _example(summary)
+        say(f'ask it:  llava ask --model {summary.artifacts["finetune"]} --image {picture} "{question}"')
         say(f"look at it:  mlflow ui --backend-store-uri {workspace.tracking.uri}")
+
+
+def _example(summary: Summary) -> tuple[str, str]:
+    """A held-out picture that lies here, and a question about it."""
+    evaluation = open_store(summary.artifacts["evaluate"]) if "evaluate" in summary.artifacts else None
+    found = (
+        read_artifact(evaluation) if evaluation is not None and evaluation.local_path is not None else None
+    )
+    if found is None:
+        return "PHOTO", "What is in the picture?"
+    example = found.manifest.notes["example"]
+    return f"{found.folder.local_path}/{example['picture']}", example["question"]

@@ -9,7 +9,16 @@ from typing import Any
 
 from components import cluster
 from components.backbones.component import Backbones
-from components.contract import Artifact, Component, Settings, Tracking, Workspace, open_store, run_component
+from components.contract import (
+    Artifact,
+    Component,
+    Settings,
+    Tracking,
+    TrackingError,
+    Workspace,
+    open_store,
+    run_component,
+)
 from components.evaluate import Evaluate
 from components.finetune import Finetune
 from components.instruct import Instruct
@@ -17,6 +26,7 @@ from components.models import tracking_uri
 from components.pretrain import Pretrain
 from components.register import Register, champion_model
 from components.shard import Shard
+from llava.errors import Preempted
 from workflows import config as configs
 from workflows.config import WorkflowConfig
 
@@ -62,8 +72,10 @@ def run(config: WorkflowConfig, workspace: Workspace, until: str = "register") -
     try:
         with cluster.disconnecting():
             _stages(config, workspace, until, summary)
-    except BaseException:
-        workspace.parent.finish("FAILED")
+    except BaseException as error:
+        stopped = isinstance(error, Preempted | KeyboardInterrupt | SystemExit)
+        with contextlib.suppress(TrackingError):
+            workspace.parent.finish("KILLED" if stopped else "FAILED")
         raise
     workspace.parent.metrics(summary.scores)
     workspace.parent.finish("FINISHED")

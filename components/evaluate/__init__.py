@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+EXAMPLE = "example.png"
+"""A held-out picture, for whoever wants to ask the model about one."""
+
+
 class EvaluateSettings(Settings):
     """What is asked, and how it is spread over workers."""
 
@@ -44,12 +48,12 @@ class EvaluateSettings(Settings):
 class Evaluate(Component):
     """Inputs: `model` (a stock LLaVA folder in `model/`) and `questions` (a dataset with `heldout/*.parquet`).
 
-    Makes `answers.jsonl`, `report.md`, `samples.png` and `by_kind.png`; `notes["questions"]` is equal for two
-    evaluations exactly when their scores may be compared.
+    Makes `answers.jsonl`, `report.md`, `samples.png`, `by_kind.png` and `example.png`; `notes["questions"]` is
+    equal for two evaluations exactly when their scores may be compared.
     """
 
     name: ClassVar[str] = "evaluate"
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     Settings: ClassVar[type[Settings]] = EvaluateSettings
 
     def check(self, settings: EvaluateSettings, inputs: Mapping[str, Artifact]) -> None:
@@ -105,6 +109,10 @@ class Evaluate(Component):
         _publish(job, "by_kind.png", report.bar_chart(rows))
         pictures = [decode(questions[index].image) for index in samples]
         _publish(job, "samples.png", report.samples_figure([rows[index] for index in samples], pictures))
+        example = next((index for index in samples if rows[index]["correct"]["right_image"]), samples[0])
+        pictures[samples.index(example)].save(job.scratch / EXAMPLE)
+        job.folder.upload(job.scratch / EXAMPLE, EXAMPLE)
+        job.notes["example"] = {"picture": EXAMPLE, "question": rows[example]["question"]}
         job.run.table(report.table(rows), "eval/by_kind.json")
         job.run.table(report.answers_table(rows), "eval/answers.json")
         score = job.metrics[f"eval/{settings.benchmark}/exact_match"]

@@ -92,6 +92,8 @@ def _run(job: Job, parts: tuple[str, ...], view: str) -> None:
     try:
         with Watcher(board, job):
             trainer.fit()
+    except LlavaError:
+        raise
     except Exception as error:
         _raise_told(ray.get(board.failure.remote()))
         raise LlavaError(f"{job.prefix}: the training workers failed for good: {error}") from error

@@ -40,4 +40,8 @@ class TrainSettings(Settings):
     def _known_template(self) -> "TrainSettings":
         if self.template not in TEMPLATES:
             raise ValueError(f"template {self.template!r} is unknown; known: {', '.join(sorted(TEMPLATES))}")
+        if self.zero_stage == 0 and self.precision == "bf16":
+            raise ValueError(
+                "zero_stage 0 keeps no fp32 copy of the weights: set precision=fp32 or zero_stage 1 to 3"
+            )
         return self

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from components.contract import Artifact, Folder, Guard, TrackedRun
+from components.contract import Artifact, Folder, Guard, StoreError, TrackedRun
 from components.training import checkpoints
 from components.training.deepspeed_engine import DeepSpeedEngine, prepare_environment
 from components.training.progress import Standing, as_dict
@@ -60,6 +60,9 @@ def work(task: Task) -> None:
         return
     try:
         _work(task)
+    except StoreError:
+        # A store that is away for a moment: starting again may help.
+        raise
     except LlavaError as error:
         ray.get(task.board.fail.remote(str(error), error.exit_status))
         raise

@@ -12,10 +12,11 @@ import torch
 
 from llava.attention import Segments, segments
 from llava.conversation import IGNORE, Encoded, Encoder
-from llava.data.images import decode
+from llava.data.images import BadImage, decode
 from llava.data.plan import Plan, assign
 from llava.data.reader import ParquetRows
 from llava.data.samples import VIEWS
+from llava.errors import LlavaError
 from llava.pixels import Pixels
 
 
@@ -108,7 +109,10 @@ class Collator:
         row = self.rows.row(int(index.group[sample]), int(index.row[sample]))
         turns = self.samples_of(row)[int(index.part[sample])]
         images = int(index.images[sample])
-        picture = [self.pixels(decode(row["image"]["bytes"]))] if images else []
+        try:
+            picture = [self.pixels(decode(row["image"]["bytes"]))] if images else []
+        except BadImage as bad:
+            raise LlavaError(f"sample {row['id']}: {bad}; leave it out of the dataset") from bad
         return self.encoder.encode(turns, images), picture, row["id"]
 
     def blank_row(self) -> Row:

@@ -131,7 +131,7 @@ class PlainEngine:
             parameter.copy_(state.weights[name])
             if name in state.exp_avg:
                 self.optimizer.state[parameter] = {
-                    "step": torch.tensor(float(state.update)),
+                    "step": torch.tensor(float(state.update), device=parameter.device),
                     "exp_avg": state.exp_avg[name].to(parameter),
                     "exp_avg_sq": state.exp_avg_sq[name].to(parameter),
                 }

@@ -119,7 +119,7 @@ def test_an_evaluation_scores_every_question_under_three_conditions_and_reports_
     shown = {row["id"]: row["image"]["bytes"] for row in known_rows}
     assert all(shown[line["id"]] != shown[line["wrong_image_of"]] for line in lines)
     assert {file.path for file in artifact.manifest.files} == {
-        "answers.jsonl", "by_kind.png", "report.md", "samples.png"
+        "answers.jsonl", "by_kind.png", "example.png", "report.md", "samples.png"
     }  # fmt: skip
     assert "| all | 70 | 50.0 |" in (artifact.local() / "report.md").read_text()
 
