@@ -19,6 +19,8 @@ MODEL = "model"
 """The subfolder of an artifact that is the stock LLaVA folder."""
 
 CHAMPION, CHALLENGER = "champion", "challenger"
+MODEL_DIGEST, EVALUATION_DIGEST = "artifact_digest", "evaluation_digest"
+"""Tags of a version: the artifacts that it is made of."""
 
 _REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
 
@@ -119,6 +121,17 @@ class Registry:
                 f"name = '{name}' and tags.`{key}` = '{value}'", max_results=1000
             )
         return sorted((_version(each) for each in found), key=lambda each: int(each.version))
+
+    def versions(self) -> list[Version]:
+        """Every version of every model."""
+        found: list[Any] = []
+        with self._errors():
+            token = None
+            while token != "":
+                page = _client(self.uri).search_model_versions("", max_results=1000, page_token=token)
+                found += page
+                token = page.token or ""
+        return [_version(each) for each in found]
 
     def add(self, name: str, source: str, run_id: str | None, tags: dict[str, str]) -> Version:
         """A new version of `name`, which is made if it does not exist."""

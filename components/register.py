@@ -22,10 +22,18 @@ from components.contract import (
     read_artifact,
     sha256_of,
 )
-from components.models import CHALLENGER, CHAMPION, MODEL, Registry, Version, model_folder
+from components.models import (
+    CHALLENGER,
+    CHAMPION,
+    EVALUATION_DIGEST,
+    MODEL,
+    MODEL_DIGEST,
+    Registry,
+    Version,
+    model_folder,
+)
 from llava.errors import RefusedInput
 
-_DIGEST = "artifact_digest"
 _EXAM = "questions_digest"
 
 
@@ -117,7 +125,7 @@ def champion_model(settings: RegisterSettings, workspace: Workspace, evaluation:
     same inputs and finds the finished registration.
     """
     registry, digest = Registry(workspace.tracking.uri), evaluation.manifest.inputs["model"]
-    known = registry.with_tag(settings.name, _DIGEST, digest)
+    known = registry.with_tag(settings.name, MODEL_DIGEST, digest)
     if known:
         parent = known[0].tags.get("parent_version")
         champion = registry.by_version(settings.name, parent) if parent else None
@@ -192,7 +200,7 @@ def _champion_score(
     metric: str, champion: Version, evaluation: Artifact | None
 ) -> tuple[str | None, float | None]:
     """The champion's exam and score; an evaluation of some other model says nothing about it."""
-    if evaluation is not None and evaluation.manifest.inputs.get("model") == champion.tags.get(_DIGEST):
+    if evaluation is not None and evaluation.manifest.inputs.get("model") == champion.tags.get(MODEL_DIGEST):
         return evaluation.manifest.notes.get("questions"), evaluation.manifest.metrics.get(metric)
     tag = champion.tags.get(f"score.{metric}")
     return champion.tags.get(_EXAM), None if tag is None else float(tag)
@@ -203,13 +211,13 @@ def _find_or_add(
 ) -> Version:
     """The version of this model; a crash before the manifest must not make a second one."""
     source = model.folder.sub(MODEL).uri
-    for found in registry.with_tag(name, _DIGEST, model.digest):
+    for found in registry.with_tag(name, MODEL_DIGEST, model.digest):
         if found.source == source:
             return found
     manifest = model.manifest
     run_id = manifest.mlflow_run_id
     tags = {
-        _DIGEST: model.digest,
+        MODEL_DIGEST: model.digest,
         "artifact_uri": model.uri,
         "dataset_digest": manifest.inputs.get("dataset", ""),
         "config_digest": sha256_of(manifest.recipe),
@@ -224,7 +232,7 @@ def _find_or_add(
 def _scores(evaluation: Artifact) -> dict[str, str]:
     scores = {f"score.{metric}": repr(value) for metric, value in evaluation.manifest.metrics.items()}
     exam = {_EXAM: str(evaluation.manifest.notes.get("questions", ""))}
-    return exam | {"evaluation_digest": evaluation.digest, "evaluation_uri": evaluation.uri} | scores
+    return exam | {EVALUATION_DIGEST: evaluation.digest, "evaluation_uri": evaluation.uri} | scores
 
 
 def _short(digest: str | None) -> str:

@@ -89,12 +89,21 @@ def show(
 
 @app.command()
 def prune(
-    root: Root = "runs", yes: Annotated[bool, typer.Option("--yes", help="Delete what is listed.")] = False
+    root: Root = "runs",
+    yes: Annotated[bool, typer.Option("--yes", help="Delete what is listed.")] = False,
+    fresh: Annotated[
+        float,
+        typer.Option(
+            min=0, help="Minutes for which a finished artifact stays anyway: a run may need it next."
+        ),
+    ] = 10,
 ) -> None:
     """List the artifacts that no registered model comes from."""
+    from datetime import timedelta
+
     from workflows.prune import prune as prune_root
 
-    prune_root(root, yes)
+    prune_root(root, yes, timedelta(minutes=fresh))
 
 
 def _run(preset: str, root: str, overrides: list[str] | None, as_json: bool, wait: bool, until: str) -> None:

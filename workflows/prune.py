@@ -1,10 +1,13 @@
 """What a root holds that nothing refers to, and its removal.
 
 Referred to is every artifact from which a registered version was made: its model, its evaluation and their
-inputs, and what stands beside them under the same digests. Whatever somebody is making right now stays.
+inputs, by the registration's manifest and by the version's own tags. Whatever somebody is making right now stays,
+and so does what was finished a moment ago, with its inputs: a run may be between two stages.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 
 from components.contract import (
     Artifact,
@@ -16,7 +19,7 @@ from components.contract import (
     remove_artifact,
     say,
 )
-from components.models import Registry, tracking_uri
+from components.models import EVALUATION_DIGEST, MODEL_DIGEST, Registry, tracking_uri
 from llava.errors import AlreadyRunning, RefusedInput
 from workflows.train import STAGES
 
@@ -32,11 +35,16 @@ class Found:
     """Bytes."""
 
 
-def prune(root: str, yes: bool) -> None:
-    """List the artifacts that no registered version comes from; `yes` deletes them."""
+def prune(root: str, yes: bool, fresh: timedelta) -> None:
+    """List the artifacts that no registered version comes from; `yes` deletes them.
+
+    `fresh`: what was finished in that time stays, with its inputs.
+    """
     store = open_store(root)
-    found = list(_artifacts(store))
-    kept = _referred(found, Registry(tracking_uri(root)))
+    found = _artifacts(store)
+    artifacts = {each.artifact.digest: each.artifact for each in found if each.artifact is not None}
+    recent = [one.digest for one in artifacts.values() if datetime.now(UTC) - one.manifest.created < fresh]
+    kept = _with_inputs(recent + _registered(artifacts, Registry(tracking_uri(root)), store), artifacts)
     busy = [owner for each in found if (owner := holder(each.folder))]
     if yes and busy:
         raise AlreadyRunning(f"{root}: {busy[0].who} is making something here; prune when nothing runs")
@@ -56,6 +64,7 @@ def prune(root: str, yes: bool) -> None:
 
 
 def _artifacts(store: Store) -> list[Found]:
+    """Every artifact folder of the root, finished or not."""
     sizes: dict[str, int] = {}
     for stage in STAGES:
         for entry in store.list(f"{stage}/"):
@@ -65,26 +74,37 @@ def _artifacts(store: Store) -> list[Found]:
     return [Found(folder, read_artifact(folder), sizes[address]) for address, folder in folders.items()]
 
 
-def _referred(found: list[Found], registry: Registry) -> set[str]:
-    """Digests of everything that a registered version came from."""
-    artifacts = {each.artifact.digest: each.artifact for each in found if each.artifact is not None}
-    registrations = [one for one in artifacts.values() if one.manifest.component == "register"]
-    waiting = [one.digest for one in registrations if _registered(one, registry)]
-    if registrations and not waiting:
+def _registered(artifacts: dict[str, Artifact], registry: Registry, store: Store) -> list[str]:
+    """Digests that the registry's versions name, and those of the registrations that made them."""
+    made = {one.digest: one.manifest for one in artifacts.values() if one.manifest.component == "register"}
+    standing = [
+        digest
+        for digest, manifest in made.items()
+        if registry.by_version(manifest.notes["model"]["name"], manifest.notes["model"]["version"])
+    ]
+    if made and not standing:
         raise RefusedInput(
-            f"none of the {len(registrations)} registrations of this root is in MLflow at {registry.uri}: "
+            f"none of the {len(made)} registrations of this root is in MLflow at {registry.uri}: "
             "set MLFLOW_TRACKING_URI to the one that it was trained with"
         )
+    # A registration that was killed after it made the version has no manifest; the version's tags tell the same.
+    tagged = [
+        version.tags.get(key, "")
+        for version in registry.versions()
+        if version.source.startswith(f"{store.uri}/")
+        for key in (MODEL_DIGEST, EVALUATION_DIGEST)
+    ]
+    return standing + tagged
+
+
+def _with_inputs(waiting: Sequence[str], artifacts: dict[str, Artifact]) -> set[str]:
+    """These digests and those of everything that they were made from."""
     kept: set[str] = set()
-    while waiting:
-        digest = waiting.pop()
+    left = list(waiting)
+    while left:
+        digest = left.pop()
         if digest not in kept:
             kept.add(digest)
             if digest in artifacts:
-                waiting += artifacts[digest].manifest.inputs.values()
+                left += artifacts[digest].manifest.inputs.values()
     return kept
-
-
-def _registered(artifact: Artifact, registry: Registry) -> bool:
-    model = artifact.manifest.notes["model"]
-    return registry.by_version(model["name"], model["version"]) is not None

@@ -1,5 +1,8 @@
 """What a person reads at the end of a run, and what to type next."""
 
+import sys
+from pathlib import Path
+
 from components.contract import Workspace, open_store, read_artifact, say
 from workflows.train import Summary
 
@@ -24,8 +27,21 @@ def show(summary: Summary, workspace: Workspace) -> None:
     if "finetune" in summary.artifacts:
         say("")
         picture, question = _example(summary)
-        say(f'ask it:  llava ask --model {summary.artifacts["finetune"]} --image {picture} "{question}"')
-        say(f"look at it:  mlflow ui --backend-store-uri {workspace.tracking.uri}")
+        say(
+            f'ask it:  {_command("llava")} ask --model {summary.artifacts["finetune"]} --image {picture} "{question}"'
+        )
+        tracking = workspace.tracking.uri
+        shown = (
+            tracking
+            if tracking.startswith("http")
+            else f"{_command('mlflow')} ui --backend-store-uri {tracking}"
+        )
+        say(f"look at it:  {shown}")
+
+
+def _command(name: str) -> str:
+    """How to call what is installed beside this command, from where it was called."""
+    return str(Path(sys.argv[0]).with_name(name)) if Path(sys.argv[0]).stem == "llava" else name
 
 
 def _example(summary: Summary) -> tuple[str, str]:

@@ -211,8 +211,8 @@ def test_prune_keeps_what_a_version_comes_from_and_removes_the_rest(
     )
     for flags, left in (([], True), (["--yes"], False)):
         done = subprocess.run(
-            [*LLAVA, "prune", *flags], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=100,
-            check=False,
+            [*LLAVA, "prune", "--fresh", "0", *flags], cwd=tmp_path, env=environment(), capture_output=True,
+            text=True, timeout=100, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert "unfinished        1.0 MiB" in done.stderr
