@@ -1,62 +1,21 @@
 """Conversations to token ids and labels, piece by piece, so that the mask is known by construction.
 
-A template is a row of `TEMPLATES`. Markup comes from the table and may hold special tokens; text that a
-user or a model wrote is encoded with special tokens switched off, so that it can never become a turn, an
-end token or an image slot. An image slot is one of the first `n` literal `<image>` of the human turns,
-where `n` is the number of images that the sample names.
+Markup comes from a template (llava/templates.py) and may hold special tokens; text that a user or a model
+wrote is encoded so that it can never become a turn, an end token or an image slot (llava/pieces.py). An
+image slot is one of the first `n` literal `<image>` of the human turns, where `n` is the number of images
+that the sample names.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
-from llava.errors import LlavaError, RefusedInput
+from llava.errors import BadSample, RefusedInput
+from llava.pieces import IMAGE, Pieces, Place
+from llava.templates import SYSTEM, Template, split_lead, template
 
 IGNORE = -100
-IMAGE = "<image>"
-_SHORT, _KNOWN = 120, 50_000
-
-
-@dataclass(frozen=True)
-class Template:
-    """How turns are written. `{bos}` and `{eos}` stand for the tokenizer's own tokens."""
-
-    name: str
-    start: str
-    """Before the first turn: the begin token and the system text."""
-    user: tuple[str, str]
-    """Before and after the human's text."""
-    answer: tuple[str, str]
-    """Before the assistant's text (not supervised), and the end that the model learns to write."""
-    after: str = ""
-    """Between an answered turn and the next one; not supervised."""
-    lead: str = ""
-    """A space that belongs to the text after it (tokenizers join it to the word)."""
-    caption_only: bool = False
-    """Stage 1: image, caption, newline; the question is not used (llava.md, section 2)."""
-
-
-_V1 = (
-    "A chat between a curious {user} and an artificial intelligence assistant. The assistant gives helpful, "
-    "detailed, and polite answers to the {user}'s questions."
-)
-
-TEMPLATES = {
-    template.name: template
-    for template in (
-        Template("plain", "{bos}", ("", ""), ("", "\n"), caption_only=True),
-        Template(
-            "v1", "{bos}" + _V1.format(user="user") + " ", ("USER:", " "), ("ASSISTANT:", "{eos}"), lead=" "
-        ),
-        Template(
-            "chatml",
-            "",
-            ("<|im_start|>user\n", "<|im_end|>\n"),
-            ("<|im_start|>assistant\n", "<|im_end|>"),
-            "\n",
-        ),
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -72,75 +31,97 @@ class Encoded:
     @property
     def supervised(self) -> int:
         """Tokens that carry loss: a label at position 0 has no position before it that predicts it."""
-        return sum(label != IGNORE for label in self.labels[1:])
-
-
-class BadSample(LlavaError):
-    """A sample that cannot be trained on. `reason` is a short name to count by."""
-
-    def __init__(self, reason: str, message: str):
-        super().__init__(message)
-        self.reason = reason
+        return len(self.labels[1:]) - self.labels[1:].count(IGNORE)
 
 
 class Encoder:
-    """Turns samples into ids for one tokenizer, one template and one number of tokens per image."""
+    """Turns samples into ids for one tokenizer, one template and one number of tokens per image.
 
-    def __init__(self, tokenizer: Any, template: str, image_tokens: int, max_length: int | None = None):
-        if template not in TEMPLATES:
-            raise RefusedInput(f"template {template!r} is unknown; known: {', '.join(sorted(TEMPLATES))}")
+    Raises `RefusedInput` for an unknown template and for one that the tokenizer cannot write.
+    """
+
+    def __init__(self, tokenizer: Any, template_name: str, image_tokens: int, max_length: int | None = None):
+        row = template(template_name, tokenizer)
         self.tokenizer = tokenizer
-        self.template = TEMPLATES[template]
+        self.template = _with_tokens(row, tokenizer)
         self.image_tokens = image_tokens
         self.max_length = max_length
-        self.image_id = tokenizer.convert_tokens_to_ids(IMAGE)
-        # Markup and short phrases come again and again; a call of the tokenizer costs tens of microseconds.
-        self._known: dict[tuple[str, bool], tuple[int, ...]] = {}
-        # Sentencepiece tokenizers put a space before a text; inside a sample that space does not exist.
-        self._joint = self._raw("\n") if self._raw("a") != self._raw("\na")[len(self._raw("\n")) :] else None
+        self.pieces = Pieces(tokenizer)
+        self.image_id = self.pieces.image_id
+        self._slot = [self.image_id] * image_tokens
+        self._check_markup()
+
+    @property
+    def stop(self) -> str | None:
+        """Text that ends an answer, where no special token does."""
+        last = self.pieces.markup(self.template.end, Place.INSIDE)[-1]
+        return None if last in self.pieces.special else self.template.end
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Tokens that end an answer: the tokenizer's own end, and the one that this template writes."""
+        last = self.pieces.markup(self.template.end, Place.INSIDE)[-1]
+        ends = {self.tokenizer.eos_token_id, last if last in self.pieces.special else None}
+        return sorted(end for end in ends if end is not None)
 
     def encode(self, turns: Sequence[dict[str, str]], images: int) -> Encoded:
-        """`turns`: `{"from": "human" | "gpt", "value"}`, alternating, human first, gpt last.
+        """`turns`: `{"from": "human" | "gpt", "value"}`, alternating, human first (or a system text), gpt last.
 
-        Raises `BadSample` for wrong roles, missing image slots, or nothing left to learn.
+        Raises `BadSample` for wrong roles, missing image slots, an image that does not fit, or nothing left
+        to learn.
         """
         check_turns(turns)
-        ids, labels = self._open(), []
-        labels += [IGNORE] * len(ids)
-        left = images
-        for number, turn in enumerate(turns):
-            if turn["from"] == "human":
-                if number and not self.template.caption_only:
-                    after = self._markup(self.template.after)
-                    ids += after
-                    labels += [IGNORE] * len(after)
-                piece, left = self._question(turn["value"], left)
-                ids += piece
-                labels += [IGNORE] * len(piece)
-            else:
-                piece = self._answer_text(turn["value"]) + self._markup(self.template.answer[1])
-                ids += piece
-                labels += piece
-        if left:
-            raise BadSample(
-                "image slot missing", f"{images} images but {images - left} `{IMAGE}` in the human turns"
-            )
+        ids, labels = self._write(turns, images)
         return self._finished(ids, labels, images)
 
     def prompt(self, turns: Sequence[dict[str, str]], images: int) -> list[int]:
-        """Ids that end where the assistant begins to write; the last turn is the human's."""
-        ids, left = self._open(), images
-        for number, turn in enumerate(turns):
-            if turn["from"] == "human":
-                piece, left = self._question(turn["value"], left)
-                ids += (self._markup(self.template.after) if number else []) + piece
+        """Ids that end where the assistant begins to write; the last turn is the human's. Raises `BadSample`."""
+        check_turns(turns, answered=False)
+        return self._write(turns, images)[0]
+
+    def _write(self, turns: Sequence[dict[str, str]], images: int) -> tuple[list[int], list[int]]:
+        ids: list[int] = []
+        labels: list[int] = []
+        pieces, row = self.pieces, self.template
+
+        def put(piece: Sequence[int], learned: bool = False) -> None:
+            ids.extend(piece)
+            labels.extend(piece if learned else [IGNORE] * len(piece))
+
+        def markup(text: str) -> str:
+            """Write it, but for the space that belongs to the text after it."""
+            body, lead = split_lead(text)
+            put(pieces.markup(body, pieces.place(ids)))
+            return lead
+
+        opening, left = row.first, images
+        for turn in turns:
+            if turn["from"] == "system":
+                before, opening = self._around_system()
+                put(pieces.text(markup(before) + turn["value"], pieces.place(ids)))
+            elif turn["from"] == "human":
+                text, lead = turn["value"], markup(opening)
+                parts = _image_first(text, left).split(IMAGE, left)
+                for number, part in enumerate(parts):
+                    put(self._slot if number else ())
+                    if not row.caption_only:
+                        put(pieces.text((lead if number == 0 else "") + part, pieces.place(ids)))
+                left -= len(parts) - 1
+                lead, opening = markup(row.reply), row.later
             else:
-                ids += self._answer_text(turn["value"]) + self._markup(self.template.answer[1])
+                put(pieces.text(lead + turn["value"], pieces.place(ids)), learned=True)
+                put(pieces.markup(row.end, pieces.place(ids)), learned=True)
         if left:
             raise BadSample(
                 "image slot missing", f"{images} images but {images - left} `{IMAGE}` in the human turns"
             )
-        return ids
+        return ids, labels
+
+    def _around_system(self) -> tuple[str, str]:
+        if SYSTEM not in self.template.system:
+            raise BadSample("roles", f"template {self.template.name} has no place for a system text")
+        before, after = self.template.system.split(SYSTEM)
+        return before, after
 
     def _finished(self, ids: list[int], labels: list[int], images: int) -> Encoded:
         truncated = self.max_length is not None and len(ids) > self.max_length
@@ -157,97 +138,78 @@ class Encoder:
             raise BadSample("nothing to learn", f"no supervised token in {len(ids)} tokens")
         return encoded
 
-    def _open(self) -> list[int]:
-        return self._markup(self.template.start)
+    def _check_markup(self) -> None:
+        """Refuse a template that this tokenizer cannot write."""
+        row, pieces, unknown = self.template, self.pieces, self.tokenizer.unk_token_id
+        for token in row.tokens:
+            if len(pieces.markup(token, Place.BEGIN)) != 1 or token not in self.tokenizer.get_added_vocab():
+                raise RefusedInput(
+                    self._lacks(f"{token} as one special token: add it, and train its embedding")
+                )
+        for text in row.markup:
+            ids = pieces.markup(text, Place.INSIDE)
+            if unknown in ids and self.tokenizer.unk_token not in text:
+                raise RefusedInput(self._lacks(f"tokens for {text!r}: parts of it are unknown"))
+        if not pieces.markup(row.end, Place.INSIDE):
+            raise RefusedInput(self._lacks(f"a token for the end of an answer, {row.end!r}"))
 
-    def _question(self, text: str, images_left: int) -> tuple[list[int], int]:
-        """The human's turn up to where the answer begins, and how many images are still unplaced."""
-        parts = text.split(IMAGE, images_left)
-        slots = len(parts) - 1
-        slot = [self.image_id] * self.image_tokens
-        if self.template.caption_only:
-            return slot * slots, images_left - slots
-        ids = self._markup(self.template.user[0])
-        for number, part in enumerate(parts):
-            ids += (slot if number else []) + self._text((self.template.lead if number == 0 else "") + part)
-        close, opening = self.template.user[1], self.template.answer[0]
-        return ids + self._markup(close + opening), images_left - slots
-
-    def _answer_text(self, text: str) -> list[int]:
-        return self._text(self.template.lead + text)
-
-    def _text(self, text: str) -> list[int]:
-        """Plain text in the middle of a sample; no special token can come out of it."""
-        if self._joint is None:
-            return self._raw(text)
-        return self._raw("\n" + text)[len(self._joint) :] if text else []
-
-    def _raw(self, text: str) -> list[int]:
-        return self._ids(text, plain=True) if text else []
-
-    def _markup(self, text: str) -> list[int]:
-        """Text of the table, in which special tokens are special."""
-        if not text:
-            return []
-        begin, end = self.tokenizer.bos_token or "", self.tokenizer.eos_token or ""
-        text = text.replace("{bos}", begin).replace("{eos}", end)
-        return self._ids(text, plain=False) if text else []
-
-    def _ids(self, text: str, plain: bool) -> list[int]:
-        found = self._known.get((text, plain))
-        if found is None:
-            found = tuple(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=plain))
-            if len(text) <= _SHORT and len(self._known) < _KNOWN:
-                self._known[text, plain] = found
-        return list(found)
+    def _lacks(self, what: str) -> str:
+        return f"template {self.template.name}: the tokenizer lacks {what}; or name another template"
 
 
-def check_turns(turns: Sequence[dict[str, str]]) -> None:
-    """Roles alternate, human first, gpt last; `BadSample` names the turn that does not fit."""
+def _with_tokens(row: Template, tokenizer: Any) -> Template:
+    """The row with the tokenizer's own tokens for `{bos}` and `{eos}`."""
+    if tokenizer.eos_token is None and any("{eos}" in text for text in row.markup):
+        raise RefusedInput(
+            f"template {row.name}: the tokenizer lacks an end token: set eos_token, or name another template"
+        )
+    own = {"{bos}": tokenizer.bos_token or "", "{eos}": tokenizer.eos_token or ""}
+
+    def written(text: str) -> str:
+        return reduce(lambda done, mark: done.replace(mark, own[mark]), own, text)
+
+    return replace(
+        row,
+        first=written(row.first),
+        later=written(row.later),
+        reply=written(row.reply),
+        end=written(row.end),
+        system=written(row.system),
+    )
+
+
+def _image_first(text: str, slots: int) -> str:
+    """A picture before or after the question is written before it, on a line of its own.
+
+    So does the reference, for every picture; here one in the middle of a text, or one of several in a turn,
+    stays where the text names it.
+    """
+    if not slots or text.count(IMAGE) != 1 or text.startswith(f"{IMAGE}\n"):
+        return text
+    before, after = (part.strip() for part in text.split(IMAGE))
+    if before and after:
+        return text
+    return f"{IMAGE}\n{before}{after}" if before or after else IMAGE
+
+
+def check_turns(turns: Sequence[dict[str, str]], answered: bool = True) -> None:
+    """Roles alternate, human first (after an optional system text), gpt last, or the human where the last turn
+    is not `answered`; every turn holds text. `BadSample` names the turn that does not fit.
+    """
     if not turns:
         raise BadSample("no turns", "the conversation is empty")
-    for number, turn in enumerate(turns):
+    spoken = turns[turns[0]["from"] == "system" :]
+    for number, turn in enumerate(spoken):
         expected = "gpt" if number % 2 else "human"
         if turn["from"] != expected:
             raise BadSample("roles", f"turn {number + 1} is from {turn['from']!r}, expected {expected!r}")
-    if len(turns) % 2:
-        raise BadSample("roles", f"the last of {len(turns)} turns is the human's: nobody answers it")
-
-
-def chat_template(name: str) -> str:
-    """The same template as Jinja, for stock `processor.apply_chat_template` on a saved model."""
-    template = TEMPLATES[name]
-    if template.caption_only:
-        template = TEMPLATES["chatml"]
-
-    def literal(text: str) -> str:
-        text = text.replace("{bos}", "' + (bos_token or '') + '").replace(
-            "{eos}", "' + (eos_token or '') + '"
+    for number, turn in enumerate(turns):
+        if not isinstance(turn["value"], str):
+            raise BadSample("no text", f"turn {number + 1} holds {turn['value']!r} instead of text")
+    if bool(len(spoken) % 2) == answered or not spoken:
+        raise BadSample(
+            "roles",
+            f"the last of {len(turns)} turns is the human's: nobody answers it"
+            if answered
+            else f"the last of {len(turns)} turns is not the human's",
         )
-        return "{{ '" + text.replace("\n", "\\n").replace("user's", "user\\'s") + "' }}" if text else ""
-
-    content = (
-        "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-        "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<image>\\n' }}"
-        "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
-    )
-    lead = literal(template.lead)
-    return (
-        literal(template.start)
-        + "{% for message in messages %}{% if message['role'] == 'user' %}"
-        + "{% if not loop.first %}"
-        + literal(template.after)
-        + "{% endif %}"
-        + literal(template.user[0])
-        + lead
-        + content
-        + literal(template.user[1])
-        + "{% else %}"
-        + literal(template.answer[0])
-        + lead
-        + content
-        + literal(template.answer[1])
-        + "{% endif %}{% endfor %}{% if add_generation_prompt %}"
-        + literal(template.answer[0])
-        + "{% endif %}"
-    )

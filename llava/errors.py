@@ -29,3 +29,11 @@ class AlreadyRunning(LlavaError):
     """Somebody else holds this artifact; the message says who and since when."""
 
     exit_status = 5
+
+
+class BadSample(LlavaError):
+    """A sample that cannot be trained on. `reason` is a short name to count by."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason

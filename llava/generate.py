@@ -15,8 +15,9 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LlavaConfig
 
 import llava.model
-from llava.conversation import IGNORE, IMAGE, TEMPLATES, Encoder, chat_template
+from llava.conversation import IGNORE, IMAGE, Encoder
 from llava.errors import RefusedInput
+from llava.templates import NAMES, OWN, chat_template
 
 
 def load(folder: str | Path, device: str = "cpu") -> tuple[Any, Any]:
@@ -65,11 +66,16 @@ def answer(
     pixels = [pixel_values(processor, image) for image in images]
     prompts = [prompt(processor, question, px) for question, px in zip(questions, pixels, strict=True)]
     batch = _batch(model, processor, prompts, pixels, side="left")
-    written = model.generate(**batch, max_new_tokens=max_new_tokens)[:, batch["input_ids"].shape[1] :]
+    name = template_name(processor)
+    stop = None if name is None else Encoder(processor.tokenizer, name, 0).stop
+    ending = {} if stop is None else {"stop_strings": [stop], "tokenizer": processor.tokenizer}
+    written = model.generate(**batch, max_new_tokens=max_new_tokens, **ending)[
+        :, batch["input_ids"].shape[1] :
+    ]
     texts = processor.tokenizer.batch_decode(
         written, skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
-    return [text.strip() for text in texts]
+    return [(text if stop is None else text.split(stop)[0]).strip() for text in texts]
 
 
 @torch.inference_mode()
@@ -117,10 +123,13 @@ def prompt(processor: Any, question: str, px: torch.Tensor | None) -> list[int]:
 
 
 def template_name(processor: Any) -> str | None:
-    """Which row of `TEMPLATES` wrote the folder's chat template; None where somebody else did."""
-    for name, template in TEMPLATES.items():
-        if not template.caption_only and processor.chat_template == chat_template(name):
-            return name
+    """Which of our templates wrote the folder's chat template; None where somebody else did."""
+    for name in NAMES:
+        try:
+            if processor.chat_template == chat_template(name, processor.tokenizer):
+                return name
+        except RefusedInput:
+            assert name == OWN
     return None
 
 
