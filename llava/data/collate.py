@@ -13,9 +13,11 @@ import torch
 from llava.attention import Segments, segments
 from llava.conversation import IGNORE, Encoded, Encoder
 from llava.data.images import BadImage, decode
-from llava.data.plan import Plan, assign
-from llava.data.reader import ParquetRows
+from llava.data.place import FILLER
+from llava.data.plan import Plan
+from llava.data.reader import Rows
 from llava.data.samples import VIEWS
+from llava.data.schema import images_of
 from llava.errors import LlavaError
 from llava.pixels import Pixels
 
@@ -30,7 +32,7 @@ class Row:
     """(T,), from 0 in every sample."""
     segments: Segments
     image_positions: torch.Tensor
-    """(N * P,) positions whose embedding an image feature replaces."""
+    """(N * P,) positions whose embedding an image feature replaces; (1,) where a blank image only fills up."""
     pixels: torch.Tensor
     """(N, 3, H, W) uint8, resized but not normalised."""
     predict: torch.Tensor
@@ -62,7 +64,7 @@ class Collator:
     """Reads, encodes and packs the samples of a step for one rank."""
 
     def __init__(
-        self, rows: ParquetRows, view: str, encoder: Encoder, pixels: Pixels, plan: Plan, tokens_per_row: int
+        self, rows: Rows, view: str, encoder: Encoder, pixels: Pixels, plan: Plan, tokens_per_row: int
     ):
         self.rows, self.encoder, self.pixels, self.plan = rows, encoder, pixels, plan
         self.samples_of = VIEWS[view][0]
@@ -71,7 +73,8 @@ class Collator:
     def step(self, number: int, rank: int, world: int) -> Step:
         """What `rank` of `world` computes in step `number`."""
         index, chosen = self.plan.index, self.plan.samples(number)
-        placed = assign(index.tokens[chosen], world, self.tokens_per_row)[rank]
+        placed = self.plan.place(number, world, self.tokens_per_row)[rank]
+        self.rows.keep_only(self.plan.open_groups(number))
         rows, ids = [], []
         for members in placed:
             encoded, images = [], []
@@ -108,12 +111,18 @@ class Collator:
         index = self.plan.index
         row = self.rows.row(int(index.group[sample]), int(index.row[sample]))
         turns = self.samples_of(row)[int(index.part[sample])]
-        images = int(index.images[sample])
+        cells = images_of(row)
         try:
-            picture = [self.pixels(decode(row["image"]["bytes"]))] if images else []
+            pictures = [self.pixels(decode(cell["bytes"])) for cell in cells]
         except BadImage as bad:
             raise LlavaError(f"sample {row['id']}: {bad}; leave it out of the dataset") from bad
-        return self.encoder.encode(turns, images), picture, row["id"]
+        encoded = self.encoder.encode(turns, len(cells))
+        if len(encoded.ids) != index.tokens[sample]:
+            raise LlavaError(
+                f"sample {row['id']}: {len(encoded.ids)} tokens, {index.tokens[sample]} when it was measured: the "
+                "dataset or the tokenizer changed since; start the stage afresh"
+            )
+        return encoded, pictures, row["id"]
 
     def blank_row(self) -> Row:
         """A row with an image and nothing supervised."""
@@ -122,8 +131,8 @@ class Collator:
     def _row(self, encoded: list[Encoded], images: list[np.ndarray]) -> Row:
         if not images:
             # Every row runs the vision tower and the projector, so that no rank waits for another in ZeRO-3.
-            slot = [self.encoder.image_id] * self.encoder.image_tokens
-            encoded = [*encoded, Encoded(slot, [IGNORE] * len(slot), 1)]
+            # One slot is enough for the graph; the model lets the blank image's other features go.
+            encoded = [*encoded, Encoded([self.encoder.image_id] * FILLER, [IGNORE] * FILLER, 1)]
             images = [self.pixels.blank()]
         ids = torch.tensor([token for sample in encoded for token in sample.ids])
         # A label belongs to the position before it; the first label of a sample has none.

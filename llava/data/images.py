@@ -1,9 +1,24 @@
 """Safe decoding: bytes of unknown origin to an upright RGB picture, or a `BadImage` that says why not.
 
 What is checked before any pixel is decoded: the number of bytes, the format (by content, against an
-allow-list) and the number of pixels in the header. Results are defined for every mode: alpha is laid over
-white, 16-bit keeps its high byte, palette, grey and CMYK go through Pillow's own conversion, EXIF orientation
-is applied, and of an animation the first frame counts.
+allow-list) and the number of pixels in the header.
+
+| file | result |
+|---|---|
+| JPEG, PNG, WebP, GIF, BMP, whatever the file's name says | read; the content alone tells the format |
+| grey, palette, 1 bit, CMYK | RGB by Pillow's own conversion |
+| alpha, a transparent colour | laid over white |
+| 16 bits a channel | the high byte |
+| animation, several pictures in one | the first |
+| EXIF orientation | applied to pixels and size; damaged EXIF is ignored |
+| no bytes | `empty` |
+| any other format (SVG, TIFF, HEIC, PDF, HTML ...), a header that makes no sense | `unknown-format` |
+| more bytes than `Limits.max_bytes` | `too-many-bytes` |
+| more pixels than `Limits.max_pixels` (decompression bombs) | `too-many-pixels` |
+| fewer pixels than `Limits.min_pixels` | `too-few-pixels` |
+| one side more than `Limits.max_ratio` times the other | `too-narrow` |
+| cut off, damaged, metadata that unpacks to megabytes | `broken` |
+| a JPEG damaged inside, where the decoder does not notice: the format has no checksum | what the decoder makes of it |
 """
 
 from __future__ import annotations
@@ -29,6 +44,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _SWAPS_SIDES = (5, 6, 7, 8)
+_QUALITY = 90
 
 
 class BadImage(LlavaError):
@@ -44,11 +60,15 @@ class BadImage(LlavaError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a picture may have: bytes of the file, pixels (width x height)."""
+    """What a picture may have: bytes of the file, pixels (width x height), long side over short side.
+
+    The last since a model's processor may enlarge the short side: 1 x 1,000,000 px would become gigabytes.
+    """
 
     max_bytes: int = 64 * 2**20
     min_pixels: int = 1
     max_pixels: int = 64_000_000
+    max_ratio: float = 100.0
 
 
 @dataclass(frozen=True)
@@ -72,6 +92,27 @@ def decode(data: bytes, limits: Limits | None = None) -> Image.Image:
     except Exception as error:  # hostile bytes make decoders raise nearly anything
         raise BadImage("broken", f"{image.format} image does not decode: {error}") from error
     return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
+
+
+def shrink(data: bytes, short_side: int, limits: Limits | None = None) -> tuple[bytes, Size]:
+    """A smaller upright JPEG whose short side has `short_side` px, and its size. Raises `BadImage`.
+
+    Lossy: scaled with a bicubic filter, compressed with quality 90. Large JPEGs are decoded at a half, a quarter
+    or an eighth of their size, never below the one that is wanted.
+    """
+    image, orientation = _open(data, limits or Limits())
+    width, height = image.size
+    scale = short_side / min(width, height)
+    goal = (max(1, round(width * scale)), max(1, round(height * scale)))
+    try:
+        image.draft("RGB", goal)
+        image.load()
+        small = _to_rgb(image).resize(goal, Image.Resampling.BICUBIC)
+    except Exception as error:  # hostile bytes make decoders raise nearly anything
+        raise BadImage("broken", f"{image.format} image does not decode: {error}") from error
+    upright = small.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else small
+    upright.save(buffer := io.BytesIO(), format="JPEG", quality=_QUALITY)
+    return buffer.getvalue(), Size(*upright.size, 1)
 
 
 def read_size(data: bytes, limits: Limits | None = None) -> Size:
@@ -104,6 +145,10 @@ def _open(data: bytes, limits: Limits) -> tuple[Image.Image, int]:
         raise BadImage(
             "too-few-pixels", f"image is {width} x {height} px; at least {limits.min_pixels:,} in all"
         )
+    if max(width, height) > limits.max_ratio * min(width, height):
+        raise BadImage(
+            "too-narrow", f"image is {width:,} x {height:,} px; sides may differ {limits.max_ratio:g}-fold"
+        )
     return image, _orientation(image)
 
 
@@ -126,6 +171,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         layer = image.convert("RGBA")
-        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, layer).convert("RGB")
+        white = Image.new("RGB", layer.size, (255, 255, 255))
+        white.paste(layer, mask=layer.getchannel("A"))
+        return white
     return image.convert("RGB")

@@ -1,11 +1,13 @@
-"""Which samples make a global batch, and where they are computed.
+"""How long every sample is, which samples make a global batch, and where they are computed.
 
-A global batch is a list of samples. Its order comes from (seed, epoch, position) alone: row groups are
-shuffled, then samples within a window of row groups. Ranks, rows and packing only decide where a sample is
-computed, so the same seed gives the same samples per step on any number of workers.
+A global batch is a list of samples. Its order comes from (seed, epoch, position) alone (`llava/data/order.py`).
+Ranks, rows and packing only decide where a sample is computed (`llava/data/place.py`), so the same seed gives the
+same samples per step on any number of workers.
 """
 
+import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,13 @@ from typing import Any
 import numpy as np
 
 from llava.conversation import BadSample, Encoder
-from llava.data.reader import ParquetRows
+from llava.data import place
+from llava.data.order import Epoch, epoch_order, times_seen
+from llava.data.reader import Rows
 from llava.data.samples import VIEWS
+from llava.data.schema import images_of
 
-_WINDOW = 8
+_LIGHT = {"image": "image.path", "more_images": "more_images.list.element.path"}
 
 
 @dataclass
@@ -42,6 +47,26 @@ class Coverage:
         self.refused[reason] += 1
         if len(found := self.examples.setdefault(reason, [])) < 5:
             found.append(f"{sample}: {message}")
+
+    def add(self, other: "Coverage") -> None:
+        """Take in what was found in another dataset."""
+        self.samples += other.samples
+        self.tokens += other.tokens
+        self.supervised += other.supervised
+        self.truncated += other.truncated
+        self.refused.update(other.refused)
+        for reason, found in other.examples.items():
+            self.examples[reason] = (self.examples.get(reason, []) + found)[:5]
+
+    def to_bytes(self) -> bytes:
+        """As JSON."""
+        return json.dumps(vars(self)).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Coverage":
+        """What `to_bytes` wrote."""
+        values = json.loads(data)
+        return cls(**{**values, "refused": Counter(values["refused"])})
 
     def as_json(self) -> dict[str, Any]:
         """Plain values for a manifest."""
@@ -72,7 +97,8 @@ class SampleIndex:
 
     def save(self, path: Path) -> None:
         """As one .npz file (plain arrays, no pickle)."""
-        np.savez(path, **vars(self))
+        with path.open("wb") as file:
+            np.savez_compressed(file, **vars(self))
 
     @classmethod
     def load(cls, path: Path) -> "SampleIndex":
@@ -80,18 +106,30 @@ class SampleIndex:
         with np.load(path, allow_pickle=False) as arrays:
             return cls(**{name: arrays[name] for name in arrays.files})
 
+    @classmethod
+    def joined(cls, parts: Sequence["SampleIndex"]) -> "SampleIndex":
+        """Several one after the other; their row groups are numbered through already."""
+        return cls(
+            **{name: np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0])}
+        )
 
-def scan(rows: ParquetRows, view: str, encoder: Encoder) -> tuple[SampleIndex, Coverage]:
+    def only(self, chosen: np.ndarray) -> "SampleIndex":
+        """The samples at the positions `chosen`."""
+        return SampleIndex(**{name: values[chosen] for name, values in vars(self).items()})
+
+
+def scan(rows: Rows, view: str, encoder: Encoder) -> tuple[SampleIndex, Coverage]:
     """Measure every sample of a dataset once: its length, its supervised tokens, its images."""
     samples_of, columns = VIEWS[view]
     coverage = Coverage()
     found: list[tuple[int, int, int, int, int, int]] = []
-    light = ["image.path" if column == "image" else column for column in columns]
-    for group in range(len(rows.groups)):
+    light = [_LIGHT.get(column, column) for column in columns]
+    for group in range(len(rows.weights)):
         for number, row in enumerate(rows.table(group, light).to_pylist()):
+            images = len(images_of(row))
             for part, turns in enumerate(samples_of(row)):
                 try:
-                    encoded = encoder.encode(turns, images=int(row["image"] is not None))
+                    encoded = encoder.encode(turns, images)
                 except BadSample as bad:
                     coverage.refuse(bad.reason, row["id"], str(bad))
                     continue
@@ -113,12 +151,22 @@ class Plan:
     epochs: float
     global_batch: int
     """Samples per step, over all workers."""
-    _orders: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
+    weights: np.ndarray | None = None
+    """(G,) times that the samples of each row group are seen in an epoch; None: once."""
+    image_cost: float = 0.0
+    """Work of an image in the vision tower, in tokens of the language model."""
+    _epochs: dict[int, Epoch] = field(default_factory=dict, repr=False)
+    _homes: dict[tuple[int, int, int], dict[int, tuple[int, ...]]] = field(default_factory=dict, repr=False)
+    _entries: int = field(init=False, repr=False)
+    """Of an epoch; the same in all."""
+
+    def __post_init__(self) -> None:
+        self._entries = int(self._times(0).sum())
 
     @property
     def steps_per_epoch(self) -> int:
-        """The last step of an epoch may be smaller: no sample is dropped or seen twice."""
-        return -(-len(self.index) // self.global_batch)
+        """The last step of an epoch may be smaller: no sample is dropped."""
+        return -(-self._entries // self.global_batch)
 
     @property
     def steps(self) -> int:
@@ -127,69 +175,56 @@ class Plan:
 
     def samples(self, step: int) -> np.ndarray:
         """Indices of the samples of one global batch; a pure function of (seed, step)."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        order = self._order(epoch)
-        return order[position * self.global_batch : (position + 1) * self.global_batch]
+        number, first, last = self._where(step)
+        return self._epoch(number).order[first:last]
 
-    def _order(self, epoch: int) -> np.ndarray:
-        if epoch not in self._orders:
-            self._orders = {epoch: epoch_order(self.index.group, self.seed, epoch)}
-        return self._orders[epoch]
-
-
-def epoch_order(group: np.ndarray, seed: int, epoch: int, window: int = _WINDOW) -> np.ndarray:
-    """Every sample once: row groups shuffled, then samples within `window` row groups. `group`: (N,) -> (N,)."""
-    random = np.random.Generator(np.random.Philox(key=[seed, epoch]))
-    groups = random.permutation(int(group.max()) + 1)
-    by_group = np.argsort(group, kind="stable")
-    edges = np.searchsorted(group[by_group], np.arange(len(groups) + 1))
-    members = [by_group[edges[number] : edges[number + 1]] for number in groups]
-    return np.concatenate(
-        [
-            random.permutation(np.concatenate(members[start : start + window]))
-            for start in range(0, len(groups), window)
+    def place(self, step: int, ranks: int, tokens_per_row: int) -> list[place.Rows]:
+        """Where the samples of a step are computed: `[rank][row]` -> positions in `samples(step)`."""
+        number, first, last = self._where(step)
+        chosen = self.samples(step)
+        windows = self._epoch(number).windows(first, last).tolist()
+        choices = [
+            self._homes_of(number, window, ranks)[group]
+            for window, group in zip(windows, self.index.group[chosen].tolist(), strict=True)
         ]
-    )
+        where = place.balance(self._cost(chosen).tolist(), choices, ranks)
+        members = [[position for position, one in enumerate(where) if one == rank] for rank in range(ranks)]
+        return place.pack(self.index.tokens[chosen], self.index.images[chosen], members, tokens_per_row)
 
+    def open_groups(self, step: int) -> set[int]:
+        """Row groups of the windows that a step draws from."""
+        number, first, last = self._where(step)
+        windows = np.unique(self._epoch(number).windows(first, last))
+        return {group for window in windows for group in self._homes_of(number, int(window), 1)}
 
-def assign(tokens: np.ndarray, ranks: int, tokens_per_row: int) -> list[list[list[int]]]:
-    """Place the samples of one global batch: `[rank][row] -> positions in tokens`.
+    def _where(self, step: int) -> tuple[int, int, int]:
+        """The epoch of a step, and its first and last (not included) entry."""
+        number, position = divmod(step, self.steps_per_epoch)
+        first = position * self.global_batch
+        return number, first, min(first + self.global_batch, self._entries)
 
-    `tokens`: (n,) lengths. Ranks get nearly equal sums (longest first, to the lightest rank); each rank has
-    the same number of rows, some perhaps empty; no row is over `tokens_per_row` unless one sample alone is.
-    """
-    per_rank = _lightest_first(tokens, list(range(len(tokens))), ranks)
-    packed = [_first_fit(tokens, mine, tokens_per_row) for mine in per_rank]
-    count = max(1, *(len(rows) for rows in packed))
-    placed = []
-    for mine, rows in zip(per_rank, packed, strict=True):
-        even = _lightest_first(tokens, mine, count)
-        fits = all(len(row) <= 1 or tokens[row].sum() <= tokens_per_row for row in even)
-        placed.append(even if fits else rows + [[] for _ in range(count - len(rows))])
-    return placed
+    def _epoch(self, number: int) -> Epoch:
+        found = self._epochs.get(number)
+        if found is None:
+            found = epoch_order(self.index.group, self._times(number), self.seed, number)
+            self._epochs, self._homes = {number: found}, {}
+        return found
 
+    def _homes_of(self, number: int, window: int, ranks: int) -> dict[int, tuple[int, ...]]:
+        """The ranks that read each row group of a window."""
+        found = self._homes.get((number, window, ranks))
+        if found is None:
+            epoch = self._epoch(number)
+            held = epoch.order[epoch.edges[window] : epoch.edges[window + 1]]
+            groups, of_entry = np.unique(self.index.group[held], return_inverse=True)
+            loads = np.bincount(of_entry, self._cost(held), minlength=len(groups))
+            found = dict(zip(groups.tolist(), place.homes(loads.tolist(), ranks), strict=True))
+            self._homes[number, window, ranks] = found
+        return found
 
-def _lightest_first(tokens: np.ndarray, members: list[int], bins: int) -> list[list[int]]:
-    loads = [0] * bins
-    out: list[list[int]] = [[] for _ in range(bins)]
-    for index in sorted(members, key=lambda index: (-int(tokens[index]), index)):
-        lightest = loads.index(min(loads))
-        out[lightest].append(index)
-        loads[lightest] += int(tokens[index])
-    return out
+    def _times(self, number: int) -> np.ndarray:
+        weights = np.ones(int(self.index.group.max()) + 1) if self.weights is None else self.weights
+        return times_seen(self.index.group, weights, self.seed, number)
 
-
-def _first_fit(tokens: np.ndarray, members: list[int], limit: int) -> list[list[int]]:
-    rows: list[list[int]] = []
-    loads: list[int] = []
-    for index in sorted(members, key=lambda index: (-int(tokens[index]), index)):
-        size = int(tokens[index])
-        for number, load in enumerate(loads):
-            if load + size <= limit:
-                rows[number].append(index)
-                loads[number] += size
-                break
-        else:
-            rows.append([index])
-            loads.append(size)
-    return rows
+    def _cost(self, samples: np.ndarray) -> np.ndarray:
+        return self.index.tokens[samples] + self.image_cost * self.index.images[samples]

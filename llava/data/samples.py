@@ -9,13 +9,16 @@ Turns = list[dict[str, str]]
 
 
 def caption_samples(row: dict[str, Any]) -> list[Turns]:
-    """Stage 1: each caption is a sample of its own (v1, section 4.2; the question text is not used)."""
+    """Stage 1: each caption is a sample of its own (v1, section 4.2; the question text is not used).
+
+    The ecosystem publishes captions as conversations of one turn: there the answer is the caption.
+    """
     if row.get("image") is None:
         return []
-    return [
-        [{"from": "human", "value": IMAGE}, {"from": "gpt", "value": caption}]
-        for caption in row["captions"] or []
-    ]
+    captions, turns = row["captions"] or [], row["conversations"] or []
+    if not captions and len(turns) == 2:
+        captions = [turns[1]["value"]]
+    return [[{"from": "human", "value": IMAGE}, {"from": "gpt", "value": caption}] for caption in captions]
 
 
 def conversation_samples(row: dict[str, Any]) -> list[Turns]:
@@ -24,7 +27,7 @@ def conversation_samples(row: dict[str, Any]) -> list[Turns]:
 
 
 VIEWS: dict[str, tuple[Callable[[dict[str, Any]], list[Turns]], tuple[str, ...]]] = {
-    "captions": (caption_samples, ("id", "image", "captions")),
-    "conversations": (conversation_samples, ("id", "image", "conversations")),
+    "captions": (caption_samples, ("id", "image", "captions", "conversations")),
+    "conversations": (conversation_samples, ("id", "image", "more_images", "conversations")),
 }
-"""Name of the view -> its function and the columns that it needs."""
+"""Name of the view -> its function and the columns that it reads; a caption tells of the first picture."""

@@ -8,12 +8,16 @@ the image as a picture.
 |---|---|
 | id | name of the sample |
 | image | the file's own bytes and its name; null for a text-only sample |
+| more_images | the second and further pictures of a sample with several; null otherwise |
 | width, height | pixels of the upright picture (after EXIF orientation); 0 for a text-only sample |
 | captions | what people wrote about the picture |
 | objects | category and bbox (COCO terms: x, y, w, h in pixels); null = unknown, [] = none |
-| conversations | turns from "human" and "gpt"; with an image the first human turn holds one `<image>` |
+| conversations | turns from "human" and "gpt"; the first n `<image>` of the human turns are the n pictures |
 | kinds | the kind of question of each human turn |
 | type | "conversation", "detail" or "reasoning" |
+
+`image` stays a column of its own, since nearly all samples have one picture or none. A file may leave out
+columns that it has no use for; what reads it finds null.
 """
 
 from __future__ import annotations
@@ -26,6 +30,8 @@ from typing import Any, NamedTuple, TypedDict
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from llava.errors import RefusedInput
 
 SPLITS = ("train", "heldout")
 
@@ -48,6 +54,7 @@ class Row(TypedDict, total=False):
 
     id: str
     image: ImageCell | None
+    more_images: list[ImageCell] | None
     width: int
     height: int
     captions: list[str]
@@ -68,6 +75,7 @@ def _list(feature: Mapping[str, Any]) -> dict[str, Any]:
 _FEATURES = {
     "id": _value("string"),
     "image": {"_type": "Image"},
+    "more_images": _list({"_type": "Image"}),
     "width": _value("int32"),
     "height": _value("int32"),
     "captions": _list(_value("string")),
@@ -77,13 +85,15 @@ _FEATURES = {
     "type": _value("string"),
 }
 
+_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 _OBJECT = pa.struct([("category", pa.string()), ("bbox", pa.list_(pa.float32()))])
 _TURN = pa.struct([("from", pa.string()), ("value", pa.string())])
 
 DATASET_SCHEMA = pa.schema(
     [
         pa.field("id", pa.string()),
-        pa.field("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+        pa.field("image", _IMAGE),
+        pa.field("more_images", pa.list_(_IMAGE)),
         pa.field("width", pa.int32()),
         pa.field("height", pa.int32()),
         pa.field("captions", pa.list_(pa.string())),
@@ -95,7 +105,8 @@ DATASET_SCHEMA = pa.schema(
     metadata={"huggingface": json.dumps({"info": {"features": _FEATURES}})},
 )
 
-TEXT_COLUMNS = tuple(name for name in DATASET_SCHEMA.names if name != "image")
+IMAGE_COLUMNS = ("image", "more_images")
+TEXT_COLUMNS = tuple(name for name in DATASET_SCHEMA.names if name not in IMAGE_COLUMNS)
 """Every column but the pictures: cheap to read for a plan or a report."""
 
 
@@ -116,6 +127,28 @@ def to_table(rows: Iterable[Row]) -> pa.Table:
     return pa.Table.from_pylist(filled, schema=DATASET_SCHEMA)
 
 
+def images_of(row: Mapping[str, Any]) -> list[ImageCell]:
+    """All pictures of a row, in the order of their slots."""
+    first, more = row.get("image"), row.get("more_images")
+    return [*([first] if first else []), *(more or [])]
+
+
+def check_schema(found: pa.Schema, columns: Iterable[str], where: str) -> None:
+    """Refuse a file in which one of `columns` is missing or has another type; pictures may be missing."""
+    for name in columns:
+        expected = DATASET_SCHEMA.field(name).type
+        if name in found.names and not found.field(name).type.equals(expected):
+            raise RefusedInput(
+                f"{where}: column {name!r} is {found.field(name).type}, expected {expected}; "
+                "`llava shard` makes such files, llava/data/schema.py describes them"
+            )
+        if name not in found.names and name not in IMAGE_COLUMNS:
+            raise RefusedInput(
+                f"{where}: column {name!r} is missing, there are {', '.join(found.names)}; "
+                "`llava shard` makes such files, llava/data/schema.py describes them"
+            )
+
+
 class DatasetWriter:
     """Writes rows to one Parquet file, a row group at a time, so that memory holds one group only.
 
@@ -132,7 +165,7 @@ class DatasetWriter:
             path,
             DATASET_SCHEMA,
             compression={
-                leaf: "none" if leaf == "image.bytes" else "zstd" for leaf in _leaves(DATASET_SCHEMA)
+                leaf: "none" if leaf.endswith(".bytes") else "zstd" for leaf in _leaves(DATASET_SCHEMA)
             },
             # The dictionary is what stores a shared image once. Past its limit the rest of a row group would
             # be stored image by image, so the limit is the format's own, far above any group's bytes.
@@ -143,8 +176,7 @@ class DatasetWriter:
 
     def write(self, row: Row) -> None:
         """Add a row; a full row group goes to the file."""
-        image = row.get("image")
-        size = len(image["bytes"]) if image else 0
+        size = sum(len(image["bytes"]) for image in images_of(row))
         if self._pending and self._pending_bytes + size > self._group.image_bytes:
             self._flush()
         self._pending.append(row)

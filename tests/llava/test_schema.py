@@ -4,11 +4,16 @@ import io
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from pyarrow import fs
 
-from llava.data.schema import DATASET_SCHEMA, GroupSize, read_rows, to_table, write_rows
+from llava.data.reader import ParquetRows
+from llava.data.samples import VIEWS
+from llava.data.schema import DATASET_SCHEMA, GroupSize, images_of, read_rows, to_table, write_rows
+from llava.errors import RefusedInput
 
 
 def photo(colour: tuple[int, int, int], side: int = 40) -> bytes:
@@ -26,6 +31,7 @@ def sample(name: str, image: bytes) -> dict:
     return {
         "id": name,
         "image": {"bytes": image, "path": f"{name}.png"},
+        "more_images": None,
         "width": 40,
         "height": 40,
         "captions": ["a red square", "nothing but red"],
@@ -63,6 +69,46 @@ def test_rows_come_back_as_they_went_in(tmp_path: Path) -> None:
     rows = [sample("a", photo((1, 2, 3))), sample("b", photo((4, 5, 6))) | {"objects": None, "kinds": None}]
     write_rows(tmp_path / "part.parquet", rows)
     assert list(read_rows(pq.ParquetFile(tmp_path / "part.parquet"))) == rows
+
+
+def test_several_pictures_come_back_in_their_order_for_us_and_for_hugging_face(tmp_path: Path) -> None:
+    colours = [(200, 10, 20), (10, 200, 20), (10, 20, 200)]
+    first, *more = ({"bytes": photo(colour), "path": f"{colour[0]}.png"} for colour in colours)
+    row = sample("several", photo(colours[0])) | {"image": first, "more_images": more}
+    write_rows(tmp_path / "part.parquet", [row, sample("one", photo((1, 2, 3)))])
+    several, one = read_rows(pq.ParquetFile(tmp_path / "part.parquet"))
+    assert images_of(several) == [first, *more]
+    assert len(images_of(one)) == 1
+    assert images_of({"id": "text only"}) == []
+    loaded = datasets.load_dataset(
+        "parquet",
+        data_files=str(tmp_path / "part.parquet"),
+        split="train",
+        cache_dir=str(tmp_path / "cache"),
+    )
+    assert [picture.getpixel((3, 3)) for picture in loaded[0]["more_images"]] == colours[1:]
+    assert loaded[1]["more_images"] is None
+
+
+def test_a_file_without_the_column_of_further_pictures_is_still_read(tmp_path: Path) -> None:
+    table = to_table([sample("a", photo((1, 2, 3))), {"id": "text only"}]).drop_columns("more_images")
+    pq.write_table(table, tmp_path / "part.parquet")
+    rows = ParquetRows(fs.LocalFileSystem(), [str(tmp_path / "part.parquet")], VIEWS["conversations"][1])
+    assert [len(images_of(rows.row(0, number))) for number in range(2)] == [1, 0]
+
+
+def test_a_file_of_another_schema_is_refused_by_the_column(tmp_path: Path) -> None:
+    where = tmp_path / "part.parquet"
+    for table, message in (
+        (
+            pa.table({"id": ["a"], "text": ["b"]}),
+            r"part\.parquet: column 'conversations' is missing.*id, text",
+        ),
+        (pa.table({"id": [1], "conversations": ["b"]}), r"column 'id' is int64, expected string"),
+    ):
+        pq.write_table(table, where)
+        with pytest.raises(RefusedInput, match=message):
+            ParquetRows(fs.LocalFileSystem(), [str(where)], VIEWS["conversations"][1])
 
 
 def test_unknown_objects_and_no_objects_stay_two_things() -> None:
@@ -108,6 +154,7 @@ def test_pictures_are_stored_as_they_are_and_text_is_compressed(tmp_path: Path) 
     columns = [file.metadata.row_group(0).column(index) for index in range(file.metadata.num_columns)]
     codec = {column.path_in_schema: column.compression for column in columns}
     assert codec.pop("image.bytes") == "UNCOMPRESSED"
+    assert codec.pop("more_images.list.element.bytes") == "UNCOMPRESSED"
     assert set(codec.values()) == {"ZSTD"}
     assert all(column.has_offset_index for column in columns)
 
