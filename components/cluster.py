@@ -13,6 +13,9 @@ from typing import Any
 def prepare() -> None:
     """Set what Ray reads when it is first imported; call it before anything imports Ray."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Where accelerate is installed, transformers imports DeepSpeed, which would say that it found no GPU. Training
+    # workers are told theirs.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     # Ray's coming default, said out loud so that it does not warn about it.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

@@ -5,9 +5,10 @@ Source: v1, section 4.2 and v1.5, table 9; the recipe's numbers stand in the pre
 
 from typing import ClassVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from components.contract import Component, Job
+from components.contract import Artifact, Component, Job
+from components.training import data
 from components.training.fit import train_stage
 from components.training.settings import TrainSettings
 
@@ -22,13 +23,29 @@ class PretrainSettings(TrainSettings):
         True, description="Whether stage 1 runs at all; without it stage 2 starts from a fresh projector"
     )
 
+    @model_validator(mode="after")
+    def _projector_only(self) -> "PretrainSettings":
+        if self.lora:
+            raise ValueError(
+                "stage 1 trains the projector alone and has no place for LoRA: set finetune.lora"
+            )
+        return self
+
 
 class Pretrain(Component):
     """Takes `model` and `dataset` (captions), gives a model with a trained projector."""
 
     name: ClassVar[str] = "pretrain"
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     Settings = PretrainSettings
+
+    def check(self, settings: PretrainSettings, inputs: dict[str, Artifact]) -> None:
+        """Refuse further datasets that cannot be read, and a held-out loss without held-out samples."""
+        data.check(self.name, settings, inputs["dataset"], "captions")
+
+    def external(self, settings: PretrainSettings) -> dict[str, str]:
+        """The further datasets."""
+        return data.external(self.name, settings.extra)
 
     def run(self, job: Job) -> None:
         train_stage(job, parts=("projector",), view="captions")

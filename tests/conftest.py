@@ -163,7 +163,12 @@ def mlflow_uri(tmp_path_factory: pytest.TempPathFactory, s3_server: S3Server) ->
         "--backend-store-uri", f"sqlite:///{folder}/mlflow.db",
         "--artifacts-destination", f"s3://{BUCKET}/mlflow",
     ]  # fmt: skip
-    env = {"MLFLOW_S3_ENDPOINT_URL": s3_server.endpoint, "MLFLOW_DISABLE_TELEMETRY": "true", **s3_server.env}
+    env = {
+        "MLFLOW_S3_ENDPOINT_URL": s3_server.endpoint,
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        **s3_server.env,
+    }
     with _server(command, folder / "log", env) as pid:
         _wait_for(lambda: _answers(f"{uri}/health"), pid, folder / "log")
         yield uri

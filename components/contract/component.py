@@ -61,6 +61,8 @@ def _half(settings: Settings, run: bool) -> dict[str, Any]:
             inner = _half(value, run)
             if inner or not run:
                 half[name] = inner
+        elif isinstance(value, list | tuple) and value and all(isinstance(one, Settings) for one in value):
+            half[name] = [_half(one, run) for one in value]
         elif not run:
             half[name] = values[name]
     return half

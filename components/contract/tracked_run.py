@@ -69,6 +69,11 @@ class TrackedRun:
             if time.monotonic() >= self._not_before:
                 self._send()
 
+    def steps(self, name: str) -> set[int]:
+        """The steps at which the run holds the metric `name`."""
+        with errors(self.uri):
+            return {metric.step for metric in self._client.get_metric_history(self.id, name)}
+
     def tags(self, values: Mapping[str, Any]) -> None:
         """Set tags; values are cut at MLflow's limit."""
         from mlflow.entities import RunTag

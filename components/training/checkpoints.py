@@ -6,6 +6,9 @@ worker of a lost run can never write into the checkpoint of the run that took ov
 
 import json
 import shutil
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from components.contract import Folder, Guard
@@ -13,6 +16,35 @@ from llava.errors import LlavaError
 
 FOLDER = "checkpoints"
 COMMITTED = "COMMITTED"
+
+
+class Saver:
+    """Stores checkpoints in a thread of its own while training goes on; one at a time, in order."""
+
+    def __init__(self, folder: Folder, guard: Guard, keep: int, scratch: Path):
+        self._folder, self._guard, self._keep, self._scratch = folder, guard, keep, scratch
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
+
+    def wait(self) -> None:
+        """Until the checkpoint before is committed; raises what went wrong with it."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def save(self, step: int, write: Callable[[Path], None]) -> None:
+        """Commit what `write` puts into a local folder as the checkpoint of `step`, after the one before."""
+        self.wait()
+        self._pending = self._pool.submit(self._store, step, write)
+
+    def close(self) -> None:
+        """Let a checkpoint that is under way arrive; its failure no longer matters to whoever fails himself."""
+        self._pool.shutdown(wait=True)
+
+    def _store(self, step: int, write: Callable[[Path], None]) -> None:
+        with tempfile.TemporaryDirectory(dir=self._scratch) as local:
+            write(Path(local))
+            save(self._folder, self._guard, step, Path(local), self._keep)
 
 
 def save(folder: Folder, guard: Guard, step: int, local: Path, keep: int) -> None:
@@ -24,6 +56,8 @@ def save(folder: Folder, guard: Guard, step: int, local: Path, keep: int) -> Non
     files = sorted(path for path in local.iterdir() if path.is_file())
     for path in files:
         there.upload(path, path.name)
+    # An upload may take longer than a lost lease takes to be taken over.
+    guard.check()
     there.write(COMMITTED, json.dumps({path.name: path.stat().st_size for path in files}).encode())
     for old in _committed(folder)[:-keep]:
         checkpoint = folder.sub(f"{FOLDER}/{old}")

@@ -14,7 +14,7 @@ import torch
 from torch import distributed, nn
 
 from llava.data.collate import Row
-from llava.training.engine import AdamW, TrainingState
+from llava.training.engine import AdamW, TrainingState, set_rate, trainable
 
 
 def prepare_environment(device: str) -> None:
@@ -26,22 +26,6 @@ def prepare_environment(device: str) -> None:
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
-def deepspeed_config(zero_stage: int, gradient_clipping: float, bf16: bool) -> dict[str, Any]:
-    """Every value that DeepSpeed would otherwise choose: its default clips at 1.0."""
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,
-        "gradient_clipping": gradient_clipping,
-        "zero_optimization": {"stage": zero_stage, "overlap_comm": False},
-        "bf16": {"enabled": bf16},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 1_000_000_000,
-    }
-
-
 class DeepSpeedEngine:
     """One rank of a ZeRO group. The process group exists already (Ray made it)."""
 
@@ -49,26 +33,22 @@ class DeepSpeedEngine:
         self,
         module: nn.Module,
         adamw: AdamW,
-        zero_stage: int,
-        gradient_clipping: float,
-        bf16: bool,
+        config: dict[str, Any],
         blank_row: Row,
     ):
-        """`blank_row`: a row with nothing supervised; it brings the optimizer's state into being on restore."""
+        """`config`: see `deepspeed_config`; `blank_row`: a row with nothing supervised, which brings the
+        optimizer's state into being on restore."""
         import deepspeed
 
-        self.named = {
-            name.removeprefix("stock."): parameter
-            for name, parameter in module.named_parameters()
-            if parameter.requires_grad
-        }
-        self._zero3 = zero_stage == 3
+        self.named = trainable(module)
+        self._zero3 = config["zero_optimization"]["stage"] == 3
         self._blank = blank_row
         self._updates = 0
+        self._linked = self._zero3
         self._ds, *_ = deepspeed.initialize(
             model=module,
-            optimizer=adamw.build(self.named.values(), 0.0),
-            config=deepspeed_config(zero_stage, gradient_clipping, bf16),
+            optimizer=adamw.build(self.named),
+            config=config,
         )
         self.rank, self.world = distributed.get_rank(), distributed.get_world_size()
         self.device = torch.device(self._ds.device)
@@ -80,10 +60,11 @@ class DeepSpeedEngine:
         self._ds.backward(loss_sum * (self.world / supervised), scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> float:
-        for group in self._ds.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_rate(self._ds.optimizer.param_groups, learning_rate)
         self._ds.step()
         self._updates += 1
+        if not self._linked:
+            self._link_states()
         return float(self._ds.get_global_grad_norm())
 
     def state(self) -> TrainingState | None:
@@ -112,6 +93,14 @@ class DeepSpeedEngine:
         for kept in self._ds.optimizer.optimizer.state.values():
             if "step" in kept:
                 kept["step"] = torch.full_like(torch.as_tensor(kept["step"]), float(state.update))
+
+    def _link_states(self) -> None:
+        # ZeRO-1 and 2 look for the optimizer's state once, when the first parameter group was updated and the
+        # others have none yet; without another look `safe_get_*` finds nothing for those.
+        zero = self._ds.optimizer
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
+        self._linked = True
 
     def _set(
         self, parameter: nn.Parameter, weight: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor

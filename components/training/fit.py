@@ -1,18 +1,25 @@
 """A training stage as a component's work: measure the data, run the Ray Train job, read what came out."""
 
-import json
+import threading
 import uuid
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotYet
+from typing import Any
 
 import numpy as np
 
 from components.contract import Job
-from components.training.progress import Board, Watcher
+from components.training import auto
+from components.training.data import INDEX, extra_sources, measure
+from components.training.progress import Teller, Watcher, start_board
+from components.training.record import HISTORY, MetricLog, parse
+from components.training.run import MODEL
 from components.training.settings import TrainSettings
-from components.training.worker import HISTORY, INDEX, MODEL, Task, environment, open_rows, work
+from components.training.worker import Task, environment, work
 from llava import model as models
-from llava.conversation import Encoder
-from llava.data.plan import Coverage, scan
+from llava.data.plan import Coverage, SampleIndex
 from llava.errors import BudgetReached, LlavaError, Preempted, RefusedInput
+from llava.sizes import llava_sizes
 
 _ERRORS = {kind.exit_status: kind for kind in (RefusedInput, BudgetReached, Preempted)}
 
@@ -21,62 +28,75 @@ def train_stage(job: Job, parts: tuple[str, ...], view: str) -> None:
     """Train `parts` of the input `model` on `view` of the input `dataset`; the result is `model/` in the artifact."""
     coverage = measure(job, view)
     job.notes["coverage"] = coverage.as_json()
+    _choose(job, coverage)
     _run(job, parts, view)
     _tell(job)
 
 
-def measure(job: Job, view: str) -> Coverage:
-    """Every sample's length, kept in the artifact; fails where too many samples are lost."""
-    settings: TrainSettings = job.settings
-    source = job.inputs["model"].local(MODEL)
-    processor = models.load_processor(source)
-    tokens = models.load_config(source).image_seq_length
-    encoder = Encoder(processor.tokenizer, settings.template, tokens, settings.max_length)
-    index, coverage = scan(open_rows(job.inputs["dataset"], view), view, encoder)
-    if not coverage.samples or coverage.lost > settings.max_lost:
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in coverage.refused.most_common())
-        examples = "; ".join(found[0] for found in coverage.examples.values())
-        raise RefusedInput(
-            f"dataset {job.inputs['dataset'].uri}: {coverage.lost:.1%} of the samples cannot be trained on "
-            f"({reasons or 'it holds no samples for this stage'}; {examples}); "
-            f"the limit is {job.prefix}.max_lost={settings.max_lost:.1%}"
-        )
-    path = job.scratch / INDEX
-    index.save(path)
-    job.folder.upload(path, INDEX)
-    job.say(
-        f"{coverage.samples:,} samples, {coverage.tokens:,} tokens, {coverage.supervised:,} supervised; "
-        f"{coverage.truncated} truncated, {coverage.refused.total()} refused"
-    )
-    return coverage
+def _choose(job: Job, coverage: Coverage) -> None:
+    """Settings without `auto`; what was chosen is told and noted."""
+    config = models.load_config(job.inputs["model"].local(MODEL))
+    models.check_packing(config, job.settings.max_length)
+    try:
+        sizes = llava_sizes(config.to_dict())
+    except RefusedInput:
+        sizes = None
+    images = int(SampleIndex.load(job.scratch / INDEX).images.sum())
+    job.settings, told = auto.choose(job.prefix, job.settings, sizes, coverage, images)
+    if told:
+        job.notes["chosen"] = told
+        job.say(told)
 
 
 def _run(job: Job, parts: tuple[str, ...], view: str) -> None:
-    import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
+    # An earlier try may have come as far as its history and no further.
+    job.folder.delete(HISTORY)
     settings: TrainSettings = job.settings
-    board = ray.remote(num_cpus=0)(Board).remote()
+    board = start_board()
+    teller = Teller(board)
     task = Task(
         settings=settings,
         parts=parts,
         view=view,
         model=job.inputs["model"],
         dataset=job.inputs["dataset"],
+        extra=tuple(extra_sources(job.prefix, settings.extra)),
         folder=job.folder,
         guard=job.lease.guard,
         tracking_uri=job.workspace.tracking.uri,
         mlflow_run_id=job.run.id,
         board=board,
+        deepspeed=settings.deepspeed(),
     )
+    if settings.zero_stage:
+        job.notes["deepspeed"] = task.deepspeed
+    try:
+        with Watcher(teller, job):
+            _fit(_trainer(job, task), teller, job)
+    except LlavaError:
+        raise
+    except Exception as error:
+        _raise_told(teller)
+        raise LlavaError(f"{job.prefix}: the training workers failed for good: {error}") from error
+    _raise_told(teller)
+    if job.folder.stat(HISTORY) is None:
+        raise Preempted(
+            f"{job.prefix}: stopped and saved after step {teller.stopped_after()}; the same command goes on from there"
+        )
+
+
+def _trainer(job: Job, task: Task) -> Any:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    settings, workers = task.settings, task.settings.workers
     filesystem, base = job.folder.arrow()
-    trainer = TorchTrainer(
+    return TorchTrainer(
         work,
         train_loop_config=task,
         torch_config=TorchConfig(backend="nccl" if settings.gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=settings.workers,
+            num_workers=(settings.min_workers, workers) if settings.min_workers else workers,
             use_gpu=settings.gpu,
             resources_per_worker={"CPU": settings.cpus_per_worker, **({"GPU": 1} if settings.gpu else {})},
         ),
@@ -86,29 +106,55 @@ def _run(job: Job, parts: tuple[str, ...], view: str) -> None:
             storage_path=f"{base}/checkpoints/ray",
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=settings.max_restarts),
-            worker_runtime_env={"env_vars": environment(settings.cpus_per_worker)},
+            worker_runtime_env={"env_vars": environment(settings.cpus_per_worker, settings.gpu)},
         ),
     )
-    try:
-        with Watcher(board, job):
+
+
+def _fit(trainer: Any, teller: Teller, job: Job) -> None:
+    """`fit`, in a thread: in the main one Ray would put its own handler of Ctrl-C in the place of Python's.
+
+    The first SIGTERM or Ctrl-C asks the workers for a checkpoint and waits for it; the second leaves at once.
+    """
+    done: Future[None] = Future()
+
+    def fit() -> None:
+        try:
             trainer.fit()
-    except LlavaError:
+        except BaseException as error:
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    threading.Thread(target=fit, name="fit", daemon=True).start()
+    try:
+        done.result()
+    except (Preempted, KeyboardInterrupt):
+        grace = job.settings.stop_grace
+        job.say(
+            f"stopping: saving a checkpoint first (for {grace:.0f} s at most; once more to leave at once)"
+        )
+        teller.stop()
+        try:
+            done.result(timeout=grace)
+        except NotYet:
+            job.say("no checkpoint in that time; the one before stays")
+        if (step := teller.stopped_after()) is not None:
+            job.say(f"saved after step {step}")
         raise
-    except Exception as error:
-        _raise_told(ray.get(board.failure.remote()))
-        raise LlavaError(f"{job.prefix}: the training workers failed for good: {error}") from error
-    _raise_told(ray.get(board.failure.remote()))
 
 
-def _raise_told(failure: tuple[str, int] | None) -> None:
-    if failure:
+def _raise_told(teller: Teller) -> None:
+    if failure := teller.failure():
         message, status = failure
         raise _ERRORS.get(status, LlavaError)(message)
 
 
 def _tell(job: Job) -> None:
     """Metrics, the plot of the curve and one line."""
-    history = [json.loads(line) for line in job.folder.read(HISTORY).decode().splitlines()]
+    history = parse(job.folder.read(HISTORY))
+    # What the workers could not log before they ended.
+    MetricLog(job.run).send(history)
     losses = np.array([entry["train/loss"] for entry in history])
     edge = max(1, len(losses) // 20)
     job.metrics["train/loss_first"] = float(losses[:edge].mean())

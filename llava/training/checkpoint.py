@@ -1,5 +1,10 @@
-"""A training state as files: safetensors and JSON, never a pickle, the same for every world size."""
+"""A training state as files: safetensors and JSON, never a pickle, the same for every world size.
 
+Only what trains is stored. What is frozen stands there as a digest, so that a run cannot go on with another
+tower or language model. Random numbers need no place: they follow from seed, step and rank (`loop.seed_step`).
+"""
+
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from llava.errors import LlavaError
 from llava.training.engine import TrainingState
@@ -33,23 +39,31 @@ def write(folder: Path, state: TrainingState, position: Position) -> None:
             {name: value.contiguous() for name, value in getattr(state, part).items()},
             folder / f"{part}.safetensors",
         )
-    body = {
-        "update": state.update,
-        "step": position.step,
-        "plan": position.plan,
-        "torch_rng": torch.get_rng_state().tolist(),
-    }
-    (folder / STATE).write_text(json.dumps(body))
+    body = {"update": state.update, "step": position.step, "plan": position.plan}
+    (folder / STATE).write_text(json.dumps(body, indent=1))
 
 
 def read(folder: Path, plan: dict[str, Any]) -> tuple[TrainingState, Position]:
-    """What `write` wrote, with torch's random state set back. Refuses a checkpoint of another plan."""
+    """What `write` wrote. Refuses a checkpoint of another plan."""
     body = json.loads((folder / STATE).read_text())
     differing = sorted(key for key in {*body["plan"], *plan} if body["plan"].get(key) != plan.get(key))
     if differing:
         raise LlavaError(
             f"checkpoint {folder} belongs to another run: {', '.join(differing)} differ; delete it to start afresh"
         )
-    torch.set_rng_state(torch.tensor(body["torch_rng"], dtype=torch.uint8))
     tensors = {part: load_file(folder / f"{part}.safetensors") for part in _TENSORS}
     return TrainingState(body["update"], **tensors), Position(body["step"], body["plan"])
+
+
+@torch.no_grad()
+def frozen_digest(module: nn.Module) -> str:
+    """Of every parameter that does not train: names, shapes and bits, on whatever device they are."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(module.named_parameters()):
+        if not parameter.requires_grad:
+            rows = (
+                torch.hash_tensor(parameter.flatten(1), dim=1) if parameter.dim() > 1 else parameter.flatten()
+            )
+            bits = rows.contiguous().cpu().view(torch.uint8).numpy().tobytes()
+            digest.update(f"{name} {tuple(parameter.shape)}".encode() + bits)
+    return digest.hexdigest()

@@ -1,8 +1,8 @@
 """What the loop needs of whatever computes gradients and updates: plain torch here, DeepSpeed in components."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import distributed, nn
@@ -57,18 +57,38 @@ class AdamW:
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
+    scales: tuple[tuple[str, float], ...] = ()
+    """(prefix of parameters' names, factor on the learning rate); the first that fits counts, else 1."""
 
-    def build(self, parameters: Iterable[nn.Parameter], learning_rate: float) -> torch.optim.AdamW:
-        """Torch's own, in the variant that is the fastest on the parameters' device."""
-        chosen = list(parameters)
+    def build(self, named: Mapping[str, nn.Parameter]) -> torch.optim.AdamW:
+        """Torch's own, in the variant that is the fastest on the parameters' device; one group per factor."""
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in named.items():
+            scale = next((scale for prefix, scale in self.scales if name.startswith(prefix)), 1.0)
+            groups.setdefault(scale, []).append(parameter)
         return torch.optim.AdamW(
-            chosen,
-            lr=learning_rate,
+            [{"params": members, "scale": scale} for scale, members in groups.items()],
+            lr=0.0,
             betas=(self.beta1, self.beta2),
             eps=self.eps,
             weight_decay=self.weight_decay,
             fused=True,
         )
+
+
+def set_rate(groups: list[dict[str, Any]], learning_rate: float) -> None:
+    """Each of the optimizer's parameter groups gets its share of the rate."""
+    for group in groups:
+        group["lr"] = learning_rate * group["scale"]
+
+
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """What learns, by its name in the stock model."""
+    return {
+        name.removeprefix("stock."): parameter
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    }
 
 
 class PlainEngine:
@@ -82,14 +102,10 @@ class PlainEngine:
         self.module = module
         self.rank = distributed.get_rank() if distributed.is_initialized() else 0
         self.world = distributed.get_world_size() if distributed.is_initialized() else 1
-        self.named = {
-            name.removeprefix("stock."): parameter
-            for name, parameter in module.named_parameters()
-            if parameter.requires_grad
-        }
+        self.named = trainable(module)
         self.device = next(iter(self.named.values())).device
         self.clip = gradient_clipping
-        self.optimizer = adamw.build(self.named.values(), 0.0)
+        self.optimizer = adamw.build(self.named)
         self.updates = 0
 
     def loss(self, row: Row) -> torch.Tensor:
@@ -105,8 +121,7 @@ class PlainEngine:
             if self.world > 1:
                 distributed.all_reduce(parameter.grad)
         norm = torch.nn.utils.clip_grad_norm_(self.named.values(), self.clip if self.clip else float("inf"))
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_rate(self.optimizer.param_groups, learning_rate)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.updates += 1

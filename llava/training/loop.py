@@ -8,7 +8,9 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import distributed
 
@@ -26,11 +28,13 @@ class Schedule:
     learning_rate: float
     """Peak, after the warm-up."""
     warmup_ratio: float
+    seed: int = 0
+    """Of dropout, where there is one."""
 
 
 @dataclass
 class StepReport:
-    """What one step showed, equal on every rank."""
+    """What one step showed, equal on every rank but for `fill`, the times and `ids`."""
 
     step: int
     """Steps done after this one."""
@@ -45,6 +49,10 @@ class StepReport:
     seconds: float
     data_wait: float
     """Seconds that the step waited for its data."""
+    ids: list[str]
+    """This rank's samples."""
+    word: int
+    """What the ranks said to each other in this step: the sum of `say` over them."""
 
 
 def train(
@@ -53,10 +61,12 @@ def train(
     schedule: Schedule,
     first: int,
     after_step: Callable[[StepReport], bool],
+    say: Callable[[], int] = lambda: 0,
 ) -> int:
     """Run steps `first` to the end; returns the steps done.
 
-    `after_step` returns True to stop early, on all ranks alike.
+    `after_step` returns True to stop early, on all ranks alike. `say` is asked on every rank in every step; the
+    sum travels with the loss, so that a rank can tell the others something at no cost.
     """
     began = time.perf_counter()
     for done, step in enumerate(
@@ -64,19 +74,25 @@ def train(
     ):
         waited = time.perf_counter() - began
         rate = cosine_with_warmup(done - 1, schedule.steps, schedule.learning_rate, schedule.warmup_ratio)
-        total = torch.zeros((), device=engine.device)
+        seed_step(schedule.seed, done, engine.rank)
+        total = torch.zeros(2, dtype=torch.float64, device=engine.device)
         for number, row in enumerate(step.rows, start=1):
             loss = engine.loss(row.to(engine.device))
             engine.backward(loss, step.supervised, last=number == len(step.rows))
-            total += loss.detach()
+            total[0] += loss.detach()
         norm = engine.step(rate)
+        total[1] = say()
         if engine.world > 1:
             distributed.all_reduce(total)
-        mean = float(total) / step.supervised
+        loss_sum, word = total.tolist()
+        mean = loss_sum / step.supervised
         if not (math.isfinite(mean) and math.isfinite(norm)):
+            named = "; ".join(
+                f"rank {rank}: {', '.join(ids)}" for rank, ids in enumerate(gathered(engine, step.ids))
+            )
             raise LlavaError(
-                f"step {done}: the loss or its gradient is no number (loss {mean}, norm {norm}); samples on rank "
-                f"{engine.rank}: {', '.join(step.ids[:16])}. Lower the learning rate or look at these samples"
+                f"step {done}: the loss or its gradient is no number (loss {mean}, norm {norm}); its samples: "
+                f"{named}. Lower the learning rate or look at these samples"
             )
         now = time.perf_counter()
         report = StepReport(
@@ -90,8 +106,25 @@ def train(
             fill=step.useful / step.computed,
             seconds=now - began,
             data_wait=waited,
+            ids=step.ids,
+            word=round(word),
         )
-        began = now
         if after_step(report):
             return done
+        # Looking at held-out samples and saving are no part of a step.
+        began = time.perf_counter()
     return schedule.steps
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Torch's random state as a function of (seed, step, rank): no checkpoint has to hold it."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]))
+
+
+def gathered(engine: Engine, value: Any) -> list[Any]:
+    """`value` of every rank, on every rank; all of them call it."""
+    if engine.world == 1:
+        return [value]
+    values: list[Any] = [None] * engine.world
+    distributed.all_gather_object(values, value)
+    return values

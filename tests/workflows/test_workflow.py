@@ -3,10 +3,8 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from components.contract import open_artifact
@@ -162,39 +159,6 @@ def test_ask_gives_the_champions_answer(first: tuple[Path, Run], tmp_path: Path)
     assert answers[0].strip()
 
 
-def test_a_killed_driver_resumes_to_the_very_same_weights(first: tuple[Path, Run], tmp_path: Path) -> None:
-    folder, _ = first
-    for name in ("killed", "undisturbed"):
-        shutil.copytree(folder / "runs", tmp_path / name / "runs")
-    longer = [
-        "finetune", "tiny", *SMALL, "--set", "finetune.epochs=3", "--set", "finetune.seed=1",
-        "--set", "finetune.checkpoint_every=5",
-    ]  # fmt: skip
-    undisturbed = llava(*longer, cwd=tmp_path / "undisturbed")
-    assert undisturbed.status == 0, undisturbed.err
-
-    driver = subprocess.Popen(
-        [*LLAVA, *longer], cwd=tmp_path / "killed", env=environment(), stderr=subprocess.PIPE
-    )
-    wait_for_checkpoint(tmp_path / "killed" / "runs", driver)
-    os.kill(driver.pid, signal.SIGKILL)
-    driver.wait(30)
-    resumed = llava(*longer, cwd=tmp_path / "killed")
-    assert resumed.status == 0, resumed.err
-    assert "resuming after step" in resumed.err
-    ours, theirs = (
-        load_file(Path(run.summary["artifacts"]["finetune"]) / "model" / "model.safetensors")
-        for run in (resumed, undisturbed)
-    )
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    histories = [
-        open_artifact(run.summary["artifacts"]["finetune"]).folder.read("history.jsonl").decode().splitlines()
-        for run in (resumed, undisturbed)
-    ]
-    curves = [[json.loads(line)["train/loss"] for line in history] for history in histories]
-    assert curves[0] == curves[1]
-
-
 def test_prune_keeps_what_a_version_comes_from_and_removes_the_rest(
     first: tuple[Path, Run], tmp_path: Path
 ) -> None:
@@ -225,15 +189,6 @@ def test_prune_keeps_what_a_version_comes_from_and_removes_the_rest(
         )  # fmt: skip
         assert "all there" in shown.stderr
         assert (tmp_path / "runs" / Path(uri).relative_to(folder / "runs") / "manifest.json").exists()
-
-
-def wait_for_checkpoint(root: Path, driver: "subprocess.Popen[bytes]") -> None:
-    """Until the running finetune has committed a checkpoint."""
-    deadline = time.monotonic() + 200
-    while not list(root.glob("finetune/*/checkpoints/*/COMMITTED")):
-        assert driver.poll() is None, "the command ended before its first checkpoint"
-        assert time.monotonic() < deadline, "no checkpoint in 200 s"
-        time.sleep(0.05)
 
 
 def test_real_photos_go_the_whole_way_to_a_registered_version(

@@ -1,0 +1,123 @@
+"""`auto` in a stage's settings: ZeRO stage, row and checkpointing chosen by the arithmetic of `llava estimate`.
+
+None of the three changes the result, so the fastest that fits the GPUs at hand is taken. Without a GPU there is
+nothing to choose by, and a plain value stands in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from components.training.settings import AUTO, WITHOUT_GPU, TrainSettings
+from llava import estimate
+from llava.data.plan import Coverage
+from llava.errors import RefusedInput
+from llava.estimate import GIB, Choice, Corpus, Gpu, Setup
+from llava.sizes import Sizes, Training
+
+
+def training_of(stage: str, settings: TrainSettings) -> Training:
+    """What of the language model learns in stage `pretrain` or `finetune`."""
+    if stage == "pretrain":
+        return "frozen"
+    return "lora" if settings.lora else "full"
+
+
+def setup_of(settings: TrainSettings, training: Training, gpus: int) -> Setup:
+    """The part of the settings that memory and time depend on; what is `auto` keeps the arithmetic's defaults."""
+    fixed = {name: getattr(settings, name) for name in WITHOUT_GPU if getattr(settings, name) != AUTO}
+    return Setup(
+        training,
+        gpus,
+        precision=settings.precision,
+        lora_rank=settings.lora_rank if training == "lora" else 0,
+        lora_dropout=settings.lora_dropout > 0,
+        fused_loss=settings.fused_loss,
+        **fixed,
+    )
+
+
+def candidates(
+    sizes: Sizes, settings: TrainSettings, training: Training, gpus: int, corpus: Corpus, card: Gpu
+) -> list[Choice]:
+    """Every way to run the stage that the settings leave open."""
+    setup = setup_of(settings, training, gpus)
+    zero_stages = (1, 2, 3) if settings.compile is False else (1, 2)
+    return list(
+        estimate.choices(
+            sizes,
+            setup,
+            corpus,
+            card,
+            settings.global_batch,
+            settings.max_length,
+            _tried(settings.zero_stage, zero_stages),
+            _tried(settings.tokens_per_row, estimate.ROWS),
+            _tried(settings.checkpointing, estimate.CHECKPOINTING),
+        )
+    )
+
+
+def _tried(value: Any, known: Sequence[Any]) -> Sequence[Any]:
+    return known if value == AUTO else [value]
+
+
+def resolved(settings: TrainSettings, choice: Choice) -> TrainSettings:
+    """The settings with what was chosen in the place of `auto`."""
+    chosen = {name: getattr(choice.setup, name) for name in WITHOUT_GPU}
+    return settings.model_copy(update=chosen)
+
+
+def choose(
+    stage: str, settings: TrainSettings, sizes: Sizes | None, coverage: Coverage, images: int
+) -> tuple[TrainSettings, str]:
+    """Settings without `auto`, and what to say about it.
+
+    `coverage` and `images` describe the data as it was measured; `sizes` is None for a model whose shapes are not
+    known. Raises `RefusedInput` where nothing fits, or where there is no telling.
+    """
+    if AUTO not in (settings.zero_stage, settings.tokens_per_row, settings.checkpointing):
+        return settings, ""
+    if not settings.gpu:
+        plain = {name: value for name, value in WITHOUT_GPU.items() if getattr(settings, name) == AUTO}
+        return settings.model_copy(update=plain), "auto without a GPU: " + _told(plain)
+    if sizes is None:
+        raise RefusedInput(f"{stage}: auto knows no shapes of this model: set {', '.join(WITHOUT_GPU)}")
+    card = gpu_at_hand(stage)
+    corpus = Corpus(
+        coverage.samples,
+        (coverage.tokens - images * sizes.image_tokens) / coverage.samples,
+        coverage.supervised / coverage.samples,
+        images / coverage.samples,
+        settings.epochs,
+    )
+    found = candidates(sizes, settings, training_of(stage, settings), settings.workers, corpus, card)
+    choice = estimate.choose(found, card, f"{stage} on {settings.workers} GPUs of {card.memory_gib} GiB")
+    fit = f"{choice.memory.total / GIB:.0f} of {estimate.usable(card) / GIB:.0f} GiB per GPU"
+    return resolved(settings, choice), f"auto: {choice.name} ({fit})"
+
+
+def _told(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in values.items())
+
+
+def gpu_at_hand(stage: str) -> Gpu:
+    """What a GPU of the cluster is, asked on one; its memory is what its driver says."""
+    import ray
+
+    from components.training.utilisation import named
+
+    name, memory = ray.get(ray.remote(num_gpus=1)(_properties).remote())
+    known = named(name)
+    if known is None:
+        raise RefusedInput(f"{stage}: auto does not know the GPU {name!r}: set {', '.join(WITHOUT_GPU)}")
+    return replace(known, memory_gib=round(memory / GIB))
+
+
+def _properties() -> tuple[str, int]:
+    import torch
+
+    found = torch.cuda.get_device_properties(0)
+    return found.name, found.total_memory

@@ -1,0 +1,90 @@
+"""DeepSpeed's configuration: every value that matters is written out, and a user's JSON cannot change the result.
+
+DeepSpeed fills what is left unset with defaults of its own (it clips gradients at 1.0), and a JSON with its own
+scheduler silently replaces the recipe's. So the recipe stays in the component's settings; a JSON may say how
+memory and communication are arranged, and anything else in it is refused by name.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+_FREE = {"steps_per_print", "zero_optimization.overlap_comm", "zero_force_ds_cpu_optimizer"}
+_NOT_YOURS = {
+    "optimizer": "it is AdamW with the keys learning_rate and weight_decay",
+    "scheduler": "it would replace the cosine schedule; the keys are learning_rate and warmup_ratio",
+    "train_batch_size": "the keys are global_batch and tokens_per_row",
+    "fp16": "the key is precision (fp32 or bf16)",
+    "amp": "the key is precision (fp32 or bf16)",
+}
+_KEYS = {
+    "gradient_clipping": "gradient_clipping",
+    "zero_optimization.stage": "zero_stage",
+    "bf16.enabled": "precision",
+    "train_micro_batch_size_per_gpu": "tokens_per_row",
+    "gradient_accumulation_steps": "tokens_per_row",
+}
+"""Where the setting lives of a value that a JSON may only repeat."""
+
+
+def deepspeed_config(
+    zero_stage: int, gradient_clipping: float, bf16: bool, user: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """What `deepspeed.initialize` gets: ours, with what `user` (a parsed JSON) adds.
+
+    Values "auto", as the transformers Trainer writes them, mean ours. Raises ValueError that names the key for
+    whatever the JSON must not say.
+    """
+    ours: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": gradient_clipping,
+        "zero_optimization": {"stage": zero_stage, "overlap_comm": False},
+        "bf16": {"enabled": bf16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1_000_000_000,
+    }
+    return _merged(ours, _without_auto(user or {}), "")
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The JSON object in a file; ValueError says what is wrong with it."""
+    try:
+        found = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected an object, found {type(found).__name__}")
+    return found
+
+
+def _merged(ours: dict[str, Any], user: dict[str, Any], prefix: str) -> dict[str, Any]:
+    out = dict(ours)
+    for name, value in user.items():
+        key = f"{prefix}{name}"
+        if key in _NOT_YOURS and not (isinstance(value, dict) and value.get("enabled") is False):
+            raise ValueError(f"the DeepSpeed JSON sets {key!r}: {_NOT_YOURS[key]}")
+        known = ours.get(name)
+        if isinstance(known, dict):
+            if not isinstance(value, dict):
+                raise ValueError(f"the DeepSpeed JSON sets {key!r} to {value!r}; it is an object")
+            out[name] = _merged(known, value, f"{key}.")
+        elif name in ours and key not in _FREE and value != known:
+            way_out = f"the key {_KEYS[key]} says it" if key in _KEYS else "it cannot be changed"
+            raise ValueError(f"the DeepSpeed JSON sets {key} to {value!r}, here it is {known!r}: {way_out}")
+        else:
+            out[name] = value
+    return out
+
+
+def _without_auto(tree: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _without_auto(value) if isinstance(value, dict) else value
+        for name, value in tree.items()
+        if value != "auto"
+    }
