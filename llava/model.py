@@ -6,8 +6,9 @@ Shapes: T tokens of a packed row, N images, P tokens per image, K supervised pos
 import contextlib
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -23,10 +24,11 @@ from transformers import (
 )
 
 from llava.attention import SEGMENTS
-from llava.conversation import IMAGE, TEMPLATES, chat_template
+from llava.conversation import IMAGE, Encoder
 from llava.data.collate import Row
 from llava.errors import RefusedInput
-from llava.pixels import Pixels
+from llava.pixels import Fit, Pixels, fitted
+from llava.templates import chat_template, check_name, is_chat
 
 PARTS = {
     "projector": "model.multi_modal_projector.",
@@ -35,8 +37,24 @@ PARTS = {
 }
 """The three parts by the prefix of their parameters' names; the vision tower is never trained (v1, section 4.2)."""
 
+_IDENTITY = "model.multi_modal_projector.linear_2."
+
 ABOUT = "llava.json"
 """What the stock folder has no place for: the template it was trained with."""
+
+
+CLS = {"clip_vision_model": 1, "siglip_vision_model": 0}
+"""Towers that can be read, and how many positions before the patches belong to no patch."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the tower is read into the language model (v1, section 4.1; v1.5, section 3.3)."""
+
+    projector: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"
+    feature_layer: int = -2
+    """Which of the tower's hidden states; -1 is the last."""
+    keep_cls: bool = False
 
 
 def join(
@@ -46,60 +64,138 @@ def join(
     image_processor: Any,
     template: str,
     seed: int,
+    reading: Reading | None = None,
+    pad_to: int | None = None,
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """A stock LLaVA out of a CLIP vision tower and a causal language model, with a fresh `mlp2x_gelu` projector.
+    """A stock LLaVA out of a vision tower and a causal language model, with a fresh projector in their dtype.
 
-    Adds the `<image>` token (and the padding token, where there is none) and resizes the embeddings for it.
+    Adds the `<image>` token (and the padding token, where there is none) and enlarges the vocabulary for it, to a
+    multiple of `pad_to`. Both parts are taken over as they are, not copied: only the projector is new. Raises
+    `RefusedInput` for a tower or a language model that a stock LLaVA would compute otherwise.
     """
-    if template not in TEMPLATES:
-        raise RefusedInput(f"template {template!r} is unknown; known: {', '.join(sorted(TEMPLATES))}")
+    check_name(template)
+    reading = reading or Reading()
     quiet()
+    cls = _cls_positions(vision, reading)
     tokenizer.add_special_tokens(
         {"additional_special_tokens": [AddedToken(IMAGE, special=True, normalized=False)]}
     )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    with torch.random.fork_rng():
+    # A template that this tokenizer cannot write is refused here, not after an hour.
+    Encoder(tokenizer, template, image_tokens=0)
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if len(tokenizer) > language.config.vocab_size:
-            language.resize_token_embeddings(len(tokenizer), mean_resizing=True)
-        patch = vision.config.patch_size
-        tokens = (vision.config.image_size // patch) ** 2
+        vocabulary = max(len(tokenizer), language.config.vocab_size)
+        if vocabulary > language.config.vocab_size or (pad_to and vocabulary % pad_to):
+            language.resize_token_embeddings(vocabulary, pad_to_multiple_of=pad_to, mean_resizing=True)
         config = LlavaConfig(
             vision_config=vision.config,
             text_config=language.config,
             image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
-            image_seq_length=tokens,
-            projector_hidden_act="gelu",
-            vision_feature_layer=-2,
-            vision_feature_select_strategy="default",
+            projector_hidden_act="linear" if reading.projector == "linear" else "gelu",
+            vision_feature_layer=reading.feature_layer,
+            vision_feature_select_strategy="default" if cls and not reading.keep_cls else "full",
             tie_word_embeddings=bool(language.config.tie_word_embeddings),
         )
-        model = LlavaForConditionalGeneration(config)
-    model.model.vision_tower.load_state_dict(vision.state_dict())
-    model.model.language_model.load_state_dict(language.model.state_dict())
-    model.lm_head.load_state_dict(language.lm_head.state_dict())
+        config.image_seq_length = features(config)
+        # Weights that would be thrown away at once are never made: a 13B is in memory once.
+        with torch.device("meta"):
+            model = LlavaForConditionalGeneration(config)
+        model.model.multi_modal_projector.to_empty(device="cpu")
+        _initialise(model.model.multi_modal_projector, reading.projector, config.text_config)
+    model.model.multi_modal_projector.to(language.dtype)
+    model.model.vision_tower = vision.to(language.dtype)
+    model.model.language_model = language.base_model
+    model.lm_head = language.get_output_embeddings()
     model.tie_weights()
+    model.eval()
+    _check_same(model, language)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     processor = LlavaProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
-        patch_size=patch,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=chat_template(template),
+        patch_size=vision.config.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=cls,
+        chat_template=chat_template(template, tokenizer),
     )
     return model, processor
+
+
+def _cls_positions(vision: PreTrainedModel, reading: Reading) -> int:
+    """Positions before the patches; refuses a tower or a layer that cannot be read."""
+    family, layers = vision.config.model_type, vision.config.num_hidden_layers
+    if family not in CLS:
+        raise RefusedInput(f"vision tower of type {family!r}; known: {', '.join(CLS)}")
+    if reading.keep_cls and not CLS[family]:
+        raise RefusedInput(f"keep_cls: a tower of type {family!r} has no CLS position to keep")
+    if not -layers - 1 <= reading.feature_layer <= layers:
+        raise RefusedInput(f"feature_layer {reading.feature_layer}: the vision tower has {layers} layers")
+    return CLS[family]
+
+
+@torch.no_grad()
+def _initialise(projector: nn.Module, kind: str, text: Any) -> None:
+    """As stock LLaVA begins; a single linear layer is kept with an identity behind it."""
+    std = getattr(text, "initializer_range", None) or 0.02
+    for layer in (projector.linear_1, projector.linear_2):
+        nn.init.normal_(layer.weight, std=std)
+        nn.init.zeros_(layer.bias)
+    if kind == "linear":
+        nn.init.eye_(projector.linear_2.weight)
+
+
+@torch.inference_mode()
+def _check_same(model: LlavaForConditionalGeneration, language: PreTrainedModel) -> None:
+    """A language model that scales or caps its logits, say, would be another one inside a stock LLaVA."""
+    ids = torch.arange(8).unsqueeze(0)
+    if not torch.equal(model(input_ids=ids).logits, language.eval()(input_ids=ids).logits):
+        raise RefusedInput(
+            f"language model of type {language.config.model_type!r}: inside a stock LLaVA its logits differ from "
+            "its own; take one whose head is a plain projection, such as llama, mistral or qwen"
+        )
+
+
+def check_packing(config: LlavaConfig, max_length: int) -> None:
+    """Refuse a language model whose attention is not plainly causal over `max_length` tokens.
+
+    Packed rows attend to their own sample, causally and over all of it; a window that is shorter than a sample,
+    or scores that are capped, would be ignored in training and not at inference.
+    """
+    text = config.text_config
+    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    if window and window < max_length:
+        raise RefusedInput(
+            f"the language model attends over {window} tokens at most: set max_length to {window} or less "
+            f"(it is {max_length})"
+        )
+    if getattr(text, "attn_logit_softcapping", None):
+        raise RefusedInput(f"language model of type {text.model_type!r}: capped attention cannot be packed")
 
 
 def save(model: LlavaForConditionalGeneration, processor: Any, folder: Path, template: str) -> None:
     """As a folder that stock transformers loads, with the template named in it."""
     quiet()
+    given = model.generation_config.eos_token_id
+    ends = {
+        *(given if isinstance(given, list) else [given]),
+        *Encoder(processor.tokenizer, template, 0).stop_ids,
+    }
+    ends -= {None}
+    model.generation_config.eos_token_id = sorted(ends) if len(ends) > 1 else next(iter(ends), None)
     with stock_attention(model):
         model.save_pretrained(folder, max_shard_size="4GB")
-    processor.chat_template = chat_template(template)
+    # A caption is no answer to a question: stage 1 leaves the way to ask as it found it.
+    if is_chat(template) or not processor.chat_template:
+        processor.chat_template = chat_template(template, processor.tokenizer)
     processor.save_pretrained(folder)
+    write_about(folder, template)
+
+
+def write_about(folder: Path, template: str) -> None:
+    """Name the template in a stock folder."""
     (folder / ABOUT).write_text(json.dumps({"template": template}, indent=1) + "\n")
 
 
@@ -114,18 +210,36 @@ def template_of(folder: Path) -> str:
 
 
 def load(folder: Path, dtype: torch.dtype) -> LlavaForConditionalGeneration:
-    """Weights only from safetensors; nothing remote is asked and no code of the folder is run."""
+    """Weights only from safetensors; nothing remote is asked and no code of the folder is run.
+
+    Weights that are missing are refused: transformers would make them up.
+    """
     quiet()
-    return LlavaForConditionalGeneration.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, use_safetensors=True, attn_implementation="sdpa"
+    model, report = LlavaForConditionalGeneration.from_pretrained(
+        folder,
+        dtype=dtype,
+        local_files_only=True,
+        use_safetensors=True,
+        attn_implementation="sdpa",
+        output_loading_info=True,
     )
+    if lost := sorted(report["missing_keys"]):
+        raise RefusedInput(f"{folder}: {len(lost)} weights are missing, such as {lost[0]}")
+    return model
 
 
-def load_processor(folder: Path) -> Any:
-    """Tokenizer and image processor, the latter on Pillow: with torchvision the pixels differ."""
-    return AutoProcessor.from_pretrained(
+def load_processor(folder: Path, fit: Fit = "model") -> Any:
+    """Tokenizer and image processor, the latter on Pillow: with torchvision the pixels differ.
+
+    `fit` changes how a picture becomes a square; saved with the processor, it holds for generation too.
+    """
+    processor = AutoProcessor.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False, backend="pil"
     )
+    if fit != "model":
+        edge = load_config(folder).vision_config.image_size
+        processor.image_processor = fitted(processor.image_processor, fit, edge)
+    return processor
 
 
 def load_config(folder: Path) -> LlavaConfig:
@@ -138,12 +252,34 @@ def image_tokens(model_config: LlavaConfig) -> int:
     return int(model_config.image_seq_length)
 
 
+def features(config: LlavaConfig) -> int:
+    """Features that the tower gives for one picture. Raises `RefusedInput` for a tower that is not known."""
+    vision = config.vision_config
+    if vision.model_type not in CLS:
+        raise RefusedInput(f"vision tower of type {vision.model_type!r}; known: {', '.join(CLS)}")
+    dropped = config.vision_feature_select_strategy == "default"
+    return (vision.image_size // vision.patch_size) ** 2 + CLS[vision.model_type] - dropped
+
+
+def image_cost(model: LlavaForConditionalGeneration) -> float:
+    """Work of an image in the frozen tower, in tokens of the language model: forward alone against both ways."""
+    tower, text = model.model.vision_tower, model.model.language_model
+    seen = (tower.config.image_size // tower.config.patch_size) ** 2 * sum(
+        p.numel() for p in tower.parameters()
+    )
+    return seen / (3 * sum(p.numel() for p in text.layers.parameters()))
+
+
 def set_trainable(model: nn.Module, parts: list[str]) -> list[str]:
-    """Let exactly `parts` train; returns the names of the trainable parameters, sorted."""
+    """Let exactly `parts` train; returns the names of the trainable parameters, sorted.
+
+    Of a linear projector the identity that stands in for a second layer never does.
+    """
     wanted = tuple(prefix for part in parts for prefix in _prefixes(part))
+    fixed = (_IDENTITY,) if model.config.projector_hidden_act == "linear" else ()
     names = []
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(wanted))
+        parameter.requires_grad_(name.startswith(wanted) and not name.startswith(fixed))
         if parameter.requires_grad:
             names.append(name)
     return sorted(names)
@@ -168,25 +304,43 @@ class LlavaForTraining(nn.Module):
         inner = self.stock.model
         embeds_TD = inner.get_input_embeddings()(row.input_ids)
         features = inner.multi_modal_projector(self._patches(row.pixels))
-        embeds_TD = embeds_TD.index_copy(0, row.image_positions, features.flatten(0, 1).to(embeds_TD.dtype))
+        used = features.flatten(0, 1)[: len(row.image_positions)].to(embeds_TD.dtype)
+        embeds_TD = embeds_TD.index_copy(0, row.image_positions, used)
         hidden_TD = inner.language_model(
             inputs_embeds=embeds_TD.unsqueeze(0),
             position_ids=row.position_ids.unsqueeze(0),
             segments=row.segments,
             use_cache=False,
         ).last_hidden_state[0]
-        logits_KV = self.stock.lm_head(hidden_TD.index_select(0, row.predict))
-        return functional.cross_entropy(logits_KV.float(), row.targets, reduction="sum")
+        return self.loss(hidden_TD.index_select(0, row.predict), row.targets)
+
+    def loss(self, hidden_KD: torch.Tensor, targets_K: torch.Tensor) -> torch.Tensor:
+        """The summed cross-entropy at supervised positions, a scalar in fp32."""
+        logits_KV = self.stock.lm_head(hidden_KD)
+        return functional.cross_entropy(logits_KV.float(), targets_K, reduction="sum")
 
     @torch.no_grad()
     def _patches(self, pixels: torch.Tensor) -> torch.Tensor:
         """(N, 3, H, W) uint8 -> (N, P, D_vision): the layer and the rule for CLS come from the config."""
         config, tower = self.stock.config, self.stock.model.vision_tower
-        layers = config.vision_feature_layer
-        states = tower(self.pixels.normalise(pixels, tower.dtype), output_hidden_states=True).hidden_states
-        chosen = [states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
+        layers, count = config.vision_feature_layer, config.vision_config.num_hidden_layers + 1
+        read = [layer % count for layer in ([layers] if isinstance(layers, int) else layers)]
+        states = hidden_states(tower, self.pixels.normalise(pixels, tower.dtype), max(read))
         first = 1 if config.vision_feature_select_strategy == "default" else 0
-        return torch.cat([state[:, first:] for state in chosen], dim=-1)
+        return torch.cat([states[layer][:, first:] for layer in read], dim=-1)
+
+
+def hidden_states(tower: PreTrainedModel, pixel_values: torch.Tensor, last: int) -> list[torch.Tensor]:
+    """(N, 3, H, W) -> `last` + 1 times (N, 1 + P or P, D_vision): the stock tower's hidden states, as far as read.
+
+    The layers behind them, with CLIP one of 24, are not computed.
+    """
+    states = [tower.embeddings(pixel_values)]
+    if hasattr(tower, "pre_layrnorm"):
+        states[0] = tower.pre_layrnorm(states[0])
+    for layer in tower.encoder.layers[:last]:
+        states.append(layer(states[-1], None))
+    return states
 
 
 @contextlib.contextmanager

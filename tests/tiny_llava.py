@@ -17,16 +17,21 @@ from transformers import (
 from llava.model import join, save
 
 
-def tiny_llava(folder: Path) -> Path:
-    """A stock LLaVA folder of random weights: 64 px, patches of 16, one token per byte."""
-    torch.manual_seed(7)
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, and the special tokens of chatml."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     raw = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(letters)}, merges=[]))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     specials = ["<pad>", "<|im_start|>", "<|im_end|>"]
     raw.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in specials])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<|im_end|>")
+    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<|im_end|>")
+
+
+def tiny_llava(folder: Path) -> Path:
+    """A stock LLaVA folder of random weights: 64 px, patches of 16, one token per byte."""
+    torch.manual_seed(7)
+    tokenizer = byte_tokenizer()
     small: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     vision = CLIPVisionModel(CLIPVisionConfig(**small, num_attention_heads=2, image_size=64, patch_size=16))
     language = LlamaForCausalLM(

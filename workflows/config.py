@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pydantic
 import yaml
@@ -20,6 +20,8 @@ from components.pretrain import PretrainSettings
 from components.register import RegisterSettings
 from components.shard import ShardSettings
 from llava.errors import RefusedInput
+from workflows.expected import EstimateSettings
+from workflows.retrain_settings import RetrainSettings
 
 PRESETS = resources.files("workflows") / "presets"
 _SECRET = re.compile(
@@ -34,12 +36,19 @@ class WorkflowConfig(BaseModel):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", description="Of the MLflow experiment")
     backbones: BackbonesSettings
+    shard_captions: ShardSettings | None = Field(
+        None, description="Stage 1's own data, where it does not learn from the captions of shard"
+    )
     shard: ShardSettings
     instruct: InstructSettings
     pretrain: PretrainSettings
     finetune: FinetuneSettings
     evaluate: EvaluateSettings
     register_: RegisterSettings = Field(alias="register")
+    retrain: RetrainSettings = Field(RetrainSettings(), description="How `llava retrain` takes new data in")
+    estimate: EstimateSettings = Field(
+        EstimateSettings(), description="What `llava estimate` expects of the data"
+    )
 
 
 def preset_names() -> list[str]:
@@ -51,13 +60,27 @@ def preset_names() -> list[str]:
 
 def load(preset: str, overrides: Sequence[str] = ()) -> WorkflowConfig:
     """The config of a preset or a YAML file, with `KEY=VALUE` overrides; `RefusedInput` names the key at fault."""
-    tree = _read(preset)
-    for override in overrides:
-        _apply(tree, override)
+    try:
+        return WorkflowConfig.model_validate(_tree(preset, overrides))
+    except pydantic.ValidationError as error:
+        raise RefusedInput(_first(error)) from None
+
+
+def load_without_data(preset: str, overrides: Sequence[str] = ()) -> WorkflowConfig:
+    """`load` for a look ahead: the data sections are left out, so that no path need exist yet."""
+    tree = _tree(preset, overrides)
+    tree |= {"shard": {"source": "shapes"}, "shard_captions": None}
     try:
         return WorkflowConfig.model_validate(tree)
     except pydantic.ValidationError as error:
         raise RefusedInput(_first(error)) from None
+
+
+def _tree(preset: str, overrides: Sequence[str]) -> dict[str, Any]:
+    tree = _read(preset)
+    for override in overrides:
+        _apply(tree, override)
+    return tree
 
 
 def flat(config: WorkflowConfig) -> dict[str, Any]:
@@ -136,7 +159,11 @@ def _first(error: pydantic.ValidationError) -> str:
 def _known(where: list[str]) -> list[str]:
     model: Any = WorkflowConfig
     for part in where:
-        model = next(
+        if part.isdigit():
+            continue
+        found = next(
             info.annotation for name, info in model.model_fields.items() if part in (name, info.alias)
         )
+        # A section that may be left out is a union with None.
+        model = next((each for each in get_args(found) if each is not type(None)), found)
     return sorted(info.alias or name for name, info in model.model_fields.items())

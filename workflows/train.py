@@ -9,6 +9,7 @@ from typing import Any
 
 from components import cluster
 from components.backbones.component import Backbones
+from components.backbones.given import start_from
 from components.contract import (
     Artifact,
     Component,
@@ -19,6 +20,7 @@ from components.contract import (
     open_store,
     run_component,
 )
+from components.contract.runner import Outcome
 from components.evaluate import Evaluate
 from components.finetune import Finetune
 from components.instruct import Instruct
@@ -26,7 +28,8 @@ from components.models import tracking_uri
 from components.pretrain import Pretrain
 from components.register import Register, champion_model
 from components.shard import Shard
-from llava.errors import Preempted
+from components.training.data import check_extra
+from llava.errors import Preempted, RefusedInput
 from workflows import config as configs
 from workflows.config import WorkflowConfig
 
@@ -43,9 +46,22 @@ class Summary:
     seconds: dict[str, float] = field(default_factory=dict)
     reused: list[str] = field(default_factory=list)
 
+    def add(self, name: str, outcome: Outcome) -> None:
+        """What the component `name` made or found."""
+        self.artifacts[name] = outcome.artifact.uri
+        self.seconds[name] = round(outcome.seconds, 3)
+        if outcome.reused:
+            self.reused.append(name)
+
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
         return dict(vars(self))
+
+
+Stage = Callable[..., Artifact]
+"""Runs a component with its settings and inputs, and tells the summary."""
+Order = Callable[[WorkflowConfig, Workspace, Summary, Stage], None]
+"""Which stages run, on what."""
 
 
 def open_workspace(name: str, root: str, wait: bool = False) -> Workspace:
@@ -61,17 +77,29 @@ def open_workspace(name: str, root: str, wait: bool = False) -> Workspace:
     return workspace
 
 
-def run(config: WorkflowConfig, workspace: Workspace, until: str = "register") -> Summary:
-    """Run the workflow up to the stage `until`; what is finished already is found again."""
+def run(
+    config: WorkflowConfig, workspace: Workspace, until: str = "register", order: Order | None = None
+) -> Summary:
+    """Run the workflow up to the stage `until`; what is finished already is found again.
+
+    `order`: another order of stages than that of a training, given by the workflow that it belongs to.
+    """
+    if config.finetune.from_ is not None and until in ("backbones", "pretrain"):
+        raise RefusedInput(
+            f"finetune.from={config.finetune.from_} replaces backbones and pretrain: run finetune or train"
+        )
+    check_extra("pretrain", config.pretrain.extra, "captions")
+    check_extra("finetune", config.finetune.extra, "conversations")
+    Evaluate().external(config.evaluate)  # refuses benchmarks whose files are not there
     workspace.parent = workspace.tracking.start(
         f"{config.name} {time.strftime('%Y-%m-%d %H:%M:%S')}",
         params=configs.flat(config),
-        tags={"workflow": "train"},
+        tags={"workflow": "retrain" if order else "train"},
     )
     summary = Summary()
     try:
         with cluster.disconnecting():
-            _stages(config, workspace, until, summary)
+            _stages(config, workspace, until, summary, order or _order)
     except BaseException as error:
         stopped = isinstance(error, Preempted | KeyboardInterrupt | SystemExit)
         with contextlib.suppress(TrackingError):
@@ -86,13 +114,12 @@ class _Done(Exception):
     """The stage that was asked for is finished."""
 
 
-def _stages(config: WorkflowConfig, workspace: Workspace, until: str, summary: Summary) -> None:
-    def stage(component: Component, settings: Settings, **inputs: Artifact) -> Artifact:
+def _stages(config: WorkflowConfig, workspace: Workspace, until: str, summary: Summary, order: Order) -> None:
+    def stage(
+        component: Component, settings: Settings, as_name: str | None = None, **inputs: Artifact
+    ) -> Artifact:
         outcome = run_component(component, settings, inputs, workspace)
-        summary.artifacts[component.name] = outcome.artifact.uri
-        summary.seconds[component.name] = round(outcome.seconds, 3)
-        if outcome.reused:
-            summary.reused.append(component.name)
+        summary.add(as_name or component.name, outcome)
         summary.scores |= {
             name: value
             for name, value in outcome.artifact.manifest.metrics.items()
@@ -100,28 +127,51 @@ def _stages(config: WorkflowConfig, workspace: Workspace, until: str, summary: S
         }
         if component.name == "register":
             summary.model = outcome.artifact.manifest.notes["model"]
-        if component.name == until:
+        if (as_name or component.name) == until:
             raise _Done
         return outcome.artifact
 
     with contextlib.suppress(_Done):
-        _order(config, workspace, summary, stage)
+        order(config, workspace, summary, stage)
 
 
-def _order(
-    config: WorkflowConfig, workspace: Workspace, summary: Summary, stage: Callable[..., Artifact]
-) -> None:
-    model = stage(Backbones(), config.backbones)
+def _order(config: WorkflowConfig, workspace: Workspace, summary: Summary, stage: Stage) -> None:
+    model, instructions = until_finetune(config, workspace, summary, stage)
+    model = stage(Finetune(), config.finetune, model=model, dataset=instructions)
+    judge(config, workspace, stage, model, instructions)
+
+
+def until_finetune(
+    config: WorkflowConfig, workspace: Workspace, summary: Summary, stage: Stage
+) -> tuple[Artifact, Artifact]:
+    """The model that stage 2 starts from, and its data."""
+    given = config.finetune.from_
+    if given is not None:
+        template = config.finetune.template if "template" in config.finetune.model_fields_set else None
+        outcome = start_from(given, template, workspace)
+        summary.add("backbones", outcome)
+        model = outcome.artifact
+    else:
+        model = stage(Backbones(), config.backbones)
     dataset = stage(Shard(), config.shard)
     instructions = stage(Instruct(), config.instruct, dataset=dataset)
-    if config.pretrain.enabled:
-        model = stage(Pretrain(), config.pretrain, model=model, dataset=dataset)
-    model = stage(Finetune(), config.finetune, model=model, dataset=instructions)
-    evaluation = stage(Evaluate(), config.evaluate, model=model, questions=instructions)
+    if given is None and config.pretrain.enabled:
+        captions = dataset
+        if config.shard_captions is not None:
+            captions = stage(Shard(), config.shard_captions, "shard_captions")
+        model = stage(Pretrain(), config.pretrain, model=model, dataset=captions)
+    return model, instructions
+
+
+def judge(
+    config: WorkflowConfig, workspace: Workspace, stage: Stage, model: Artifact, questions: Artifact
+) -> None:
+    """Evaluate the model and the champion on the same questions, and register it as one or the other."""
+    evaluation = stage(Evaluate(), config.evaluate, model=model, questions=questions)
     inputs = {"model": model, "evaluation": evaluation}
     if champion := champion_model(config.register_, workspace, evaluation):
         # The same questions for both, or the comparison means nothing.
         inputs["champion_evaluation"] = run_component(
-            Evaluate(), config.evaluate, {"model": champion, "questions": instructions}, workspace
+            Evaluate(), config.evaluate, {"model": champion, "questions": questions}, workspace
         ).artifact
     stage(Register(), config.register_, **inputs)

@@ -3,36 +3,100 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from components.backbones import tiny
+from components.backbones.sources import Source, load_language, load_vision
 from components.contract import Component, Job, Settings
 from llava import model as models
+from llava import sizes
+from llava.errors import RefusedInput
+from llava.pixels import Fit, fitted
+from llava.templates import NAMES
 
 RECORD = "record.json"
+_PARTS = ("vision_tower", "multi_modal_projector", "language_model")
 
 
 class BackbonesSettings(Settings):
-    """Where the towers come from, and the projector's first weights."""
+    """Where the towers come from, how one is read into the other, and the projector's first weights."""
 
-    kind: Literal["tiny"] = Field("tiny", description="tiny: small towers that live on a laptop")
-    retrain: bool = Field(False, description="Train the tiny towers anew instead of taking the shipped ones")
+    kind: Literal["tiny", "hub"] = Field(
+        "tiny", description="tiny: small towers that live on a laptop; hub: two pretrained models"
+    )
+    retrain: bool = Field(False, description="tiny: train the towers anew instead of taking the shipped ones")
+    vision: str | None = Field(
+        None, description="hub: CLIP or SigLIP as OWNER/NAME on the hub, or a folder as /PATH or ./PATH"
+    )
+    vision_revision: str | None = Field(None, description="Its commit on the hub, 40 hexadecimal digits")
+    language: str | None = Field(None, description="hub: a causal language model, named like vision")
+    language_revision: str | None = Field(None, description="Its commit on the hub, 40 hexadecimal digits")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Precision on disk; auto: what the language model is stored in"
+    )
+    projector: Literal["mlp2x_gelu", "linear"] = Field(
+        "mlp2x_gelu", description="linear: one layer (LLaVA v1); mlp2x_gelu: two with a GELU (v1.5)"
+    )
+    feature_layer: int = Field(-2, description="Hidden state of the tower that is read; -1 is the last")
+    keep_cls: bool = Field(False, description="Whether CLIP's CLS position is read as well")
+    image_fit: Fit = Field(
+        "model",
+        description="How a picture becomes a square: model: as the tower's own folder says; pad; crop",
+    )
+    pad_vocabulary_to: int | None = Field(
+        None, gt=0, description="Rows of the embedding become a multiple of this, such as 64"
+    )
     template: str = Field("chatml", description="Template that the model's own chat template renders")
     seed: int = Field(0, ge=0, description="Of the projector's first weights, and of the towers with retrain")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.template not in NAMES:
+            raise ValueError(f"template {self.template!r} is unknown; known: {', '.join(sorted(NAMES))}")
+        named = {name for name in ("vision", "language") if getattr(self, name) is not None}
+        if self.kind == "tiny":
+            if named:
+                raise ValueError(f"{sorted(named)[0]} is for kind=hub; the tiny towers come with the package")
+            return self
+        if missing := {"vision", "language"} - named:
+            raise ValueError(f"kind=hub needs {' and '.join(sorted(missing))}")
+        if self.retrain:
+            raise ValueError("retrain is for kind=tiny")
+        for source in self.sources:
+            if wrong := source.malformed():
+                raise ValueError(wrong)
+        return self
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """Tower and language model of kind=hub."""
+        if self.vision is None or self.language is None:
+            return ()
+        return (
+            Source("vision", self.vision, self.vision_revision),
+            Source("language", self.language, self.language_revision),
+        )
+
+    @property
+    def reading(self) -> models.Reading:
+        """How the tower is read."""
+        return models.Reading(self.projector, self.feature_layer, self.keep_cls)
 
 
 class Backbones(Component):
     """Takes nothing from the root, gives a stock LLaVA folder in `model/`."""
 
     name: ClassVar[str] = "backbones"
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     Settings = BackbonesSettings
     on_ray = False
 
     def external(self, settings: BackbonesSettings) -> dict[str, str]:
-        """The shipped towers by their contents: an upgrade of the package may bring others."""
+        """Commits or fingerprints; the shipped towers by their contents: an upgrade may bring others."""
+        if settings.kind == "hub":
+            return {source.what: source.digest() for source in settings.sources}
         if settings.retrain:
             return {}
         digest = hashlib.sha256()
@@ -43,6 +107,12 @@ class Backbones(Component):
 
     def run(self, job: Job) -> None:
         settings: BackbonesSettings = job.settings
+        if settings.kind == "hub":
+            vision, language = (
+                source.fetch(job.scratch / source.what, job.say) for source in settings.sources
+            )
+            _join(job, vision, language)
+            return
         towers = tiny.TOWERS
         if settings.retrain:
             towers = job.scratch / "towers"
@@ -53,25 +123,57 @@ class Backbones(Component):
         measured = "measured now" if settings.retrain else "as recorded when they were made"
         figures = ", ".join(f"{name} {gates[name]:.1f} %" for name in tiny.GATED)
         job.say(f"tiny towers, held-out scenes ({measured}): {figures}")
-        _join(job, towers, settings)
+        _join(job, towers / tiny.VISION, towers / tiny.LANGUAGE)
 
 
-def _join(job: Job, towers: Path, settings: BackbonesSettings) -> None:
-    from transformers import AutoImageProcessor, AutoTokenizer, CLIPVisionModel, LlamaForCausalLM
+def _join(job: Job, vision_folder: Path, language_folder: Path) -> None:
+    import torch
 
+    settings: BackbonesSettings = job.settings
     models.quiet()
-    language = LlamaForCausalLM.from_pretrained(towers / "language", dtype="float32", local_files_only=True)
-    vision = CLIPVisionModel.from_pretrained(towers / "vision", dtype="float32", local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(towers / "language", local_files_only=True)
-    pictures = AutoImageProcessor.from_pretrained(towers / "vision", local_files_only=True, backend="pil")
-    model, processor = models.join(vision, language, tokenizer, pictures, settings.template, settings.seed)
+    language, tokenizer = load_language(language_folder, _named(settings, "language"))
+    vision, pictures = load_vision(vision_folder, _named(settings, "vision"))
+    # The tiny towers are kept in half precision to be small, and trained in full.
+    stored = "float32" if settings.kind == "tiny" and settings.dtype == "auto" else settings.dtype
+    if stored != "auto":
+        language = language.to(getattr(torch, stored))
+    pictures = fitted(pictures, settings.image_fit, vision.config.image_size)
+    for what, model in (("vision", vision), ("language", language)):
+        _check_published(getattr(settings, what), model.config.to_dict())
+    model, processor = models.join(
+        vision,
+        language,
+        tokenizer,
+        pictures,
+        settings.template,
+        settings.seed,
+        settings.reading,
+        settings.pad_vocabulary_to,
+    )
     folder = job.scratch / "model"
     models.save(model, processor, folder, settings.template)
     for path in sorted(folder.iterdir()):
         job.folder.upload(path, f"model/{path.name}")
-    sizes = {part: sum(p.numel() for p in getattr(model.model, part).parameters()) for part in _PARTS}
-    job.metrics.update({f"parameters/{part}": float(count) for part, count in sizes.items()})
-    job.say(", ".join(f"{part.replace('_', ' ')} {count:,} parameters" for part, count in sizes.items()))
+    counts = {part: sum(p.numel() for p in getattr(model.model, part).parameters()) for part in _PARTS}
+    if not model.config.tie_word_embeddings:
+        counts["language_model"] += model.lm_head.weight.numel()
+    learning = sum(model.get_parameter(name).numel() for name in models.set_trainable(model, ["projector"]))
+    job.metrics.update({f"parameters/{part}": float(count) for part, count in counts.items()})
+    job.metrics["parameters/projector_trainable"] = float(learning)
+    told = ", ".join(f"{part.replace('_', ' ')} {count:,}" for part, count in counts.items())
+    identity = counts["multi_modal_projector"] - learning
+    job.say(f"parameters: {told}" + (f" ({identity:,} of it an identity that stays)" if identity else ""))
 
 
-_PARTS = ("vision_tower", "multi_modal_projector", "language_model")
+def _named(settings: BackbonesSettings, what: str) -> str:
+    return f"backbones.{what}={getattr(settings, what) or 'tiny'}"
+
+
+def _check_published(place: str | None, config: dict[str, Any]) -> None:
+    """A model that a preset names by heart has the published shape, or it is another one."""
+    expected = sizes.PUBLISHED.get(place or "")
+    if expected is None:
+        return
+    read = sizes.vision_sizes if isinstance(expected, sizes.VisionSizes) else sizes.language_sizes
+    if (found := read(config)) != expected:
+        raise RefusedInput(f"{place}: expected the published {expected}, found {found}")

@@ -4,6 +4,9 @@ import io
 import pickle
 import random
 import struct
+import subprocess
+import sys
+import textwrap
 import zlib
 from pathlib import Path
 
@@ -11,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava.data.images import BadImage, Limits, decode, read_size
+from llava.data.images import BadImage, Limits, decode, read_size, shrink
+from tests.llava.odd_images import LIMITS, ODD
 
 PHOTOS = Path(__file__).parents[2] / ".." / "shared" / "data" / "coco" / "images"
 needs_photos = pytest.mark.skipif(not PHOTOS.is_dir(), reason="real photos are not here: ../shared/data/coco")
@@ -188,3 +192,82 @@ def test_damaged_bytes_give_a_picture_or_a_bad_image_and_nothing_else(kind: str)
 def test_bad_image_keeps_its_reason_through_a_process_boundary() -> None:
     copy = pickle.loads(pickle.dumps(BadImage("broken", "image does not decode")))
     assert (copy.reason, str(copy)) == ("broken", "image does not decode")
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_every_odd_picture_has_its_defined_result(name: str) -> None:
+    make, expected = ODD[name]
+    data = make()
+    if isinstance(expected, str):
+        assert reason(data, LIMITS) == expected
+    else:
+        image, size = decode(data, LIMITS), read_size(data, LIMITS)
+        assert (image.mode, image.size) == ("RGB", expected)
+        assert (size.width, size.height) == expected
+
+
+MEMORY = """
+    import sys
+    from pathlib import Path
+    from llava.data.images import BadImage, Limits, decode, shrink
+
+    def status(name):
+        return int(next(line for line in Path("/proc/self/status").open() if line.startswith(name)).split()[1])
+
+    limits = Limits(*map(int, sys.argv[2:]))
+    files = sorted(Path(sys.argv[1]).iterdir())
+    decode(files[0].read_bytes(), limits)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = status("VmRSS")
+    for file in files:
+        for function in (decode, lambda data, limits: shrink(data, 16, limits)):
+            try:
+                function(file.read_bytes(), limits)
+            except BadImage:
+                pass
+    print(len(files), (status("VmHWM") - before) // 1024)
+"""
+
+
+def test_odd_pictures_cost_no_more_memory_than_the_limits_allow(tmp_path: Path) -> None:
+    (tmp_path / "-first").write_bytes(encode(Image.new("RGB", (8, 8)), "JPEG"))
+    for number, (make, _) in enumerate(ODD.values()):
+        (tmp_path / f"{number}").write_bytes(make())
+
+    def measured(max_pixels: int) -> tuple[int, int]:
+        limits = [str(value) for value in (LIMITS.max_bytes, LIMITS.min_pixels, max_pixels)]
+        command = [sys.executable, "-c", textwrap.dedent(MEMORY), str(tmp_path), *limits]
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
+        )
+        files, mebibytes = map(int, done.stdout.split())
+        return files, mebibytes
+
+    files, mebibytes = measured(LIMITS.max_pixels)
+    print(f"{files} odd pictures decoded and shrunk: {mebibytes} MiB at the peak")
+    assert files > len(ODD) >= 25
+    assert mebibytes < 32
+    assert measured(100_000_000)[1] > 100  # what the limit saves: one 81 MP picture of 2 kB
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_shrunk_picture_is_upright_and_has_the_wanted_short_side(kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(halves("RGB", (250, 250, 250), (5, 5, 5)).resize((1200, 600)), kind, exif=exif)
+    small, size = shrink(data, 100)
+    image = Image.open(io.BytesIO(small))
+    assert (image.format, image.size) == ("JPEG", (size.width, size.height))
+    assert image.size == ((200, 100) if orientation == 1 else (100, 200))
+    assert size.orientation == read_size(small).orientation == 1
+    assert min(image.getpixel((20, 50))) > 200
+    assert max(image.getpixel((180, 50) if orientation == 1 else (50, 180))) < 60
+
+
+def test_shrinking_takes_the_same_bytes_each_time_and_refuses_what_decoding_refuses() -> None:
+    data = encode(Image.effect_noise((400, 300), 90).convert("RGB"), "JPEG")
+    assert shrink(data, 64) == shrink(data, 64)
+    with pytest.raises(BadImage) as caught:
+        shrink(data[:2000], 64)
+    assert caught.value.reason == "broken"

@@ -1,0 +1,117 @@
+"""A LLaVA that exists already, released or one's own, as the model that stage 2 starts from.
+
+A stock folder from anywhere is mirrored into the root, so that every worker finds it, it cannot change while it
+is trained on, and the artifacts made from it know what they come from.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from components.contract import (
+    MANIFEST,
+    Component,
+    Job,
+    Outcome,
+    Settings,
+    Workspace,
+    fingerprint,
+    open_artifact,
+    open_store,
+    run_component,
+    run_field,
+)
+from components.models import MODEL, resolve
+from llava import model as models
+from llava.errors import RefusedInput
+
+_TAKEN = (".json", ".jinja", ".model", ".safetensors", ".txt")
+
+
+class GivenSettings(Settings):
+    """Which folder, and what its own files do not say."""
+
+    uri: str = run_field(..., description="A stock LLaVA folder: a path or s3://BUCKET/PREFIX; fingerprinted")
+    template: str | None = Field(None, description="Template it was trained with, where no llava.json tells")
+
+
+class Given(Component):
+    """Takes nothing from the root, gives the folder as it is in `model/`."""
+
+    name: ClassVar[str] = "backbones"
+    version: ClassVar[str] = "given-1"
+    Settings = GivenSettings
+    on_ray = False
+
+    def external(self, settings: GivenSettings) -> dict[str, str]:
+        """The fingerprint of the folder."""
+        return {"model": fingerprint(settings.uri)}
+
+    def run(self, job: Job) -> None:
+        settings: GivenSettings = job.settings
+        store = open_store(settings.uri)
+        names = [entry.key for entry in store.list() if entry.key.endswith(_TAKEN) and "/" not in entry.key]
+        if not any(name.endswith(".safetensors") for name in names):
+            raise RefusedInput(
+                f"{settings.uri}: holds no *.safetensors; pickled weights are not read: load the model where you "
+                "trust it and save it again"
+            )
+        folder = job.scratch / MODEL
+        folder.mkdir()
+        for name in names:
+            store.download(name, folder / name)
+        if not (folder / models.ABOUT).is_file():
+            if settings.template is None:
+                raise RefusedInput(
+                    f"{settings.uri} has no {models.ABOUT}: name the template it was trained with: finetune.template"
+                )
+            models.write_about(folder, settings.template)
+        _check(folder, settings.uri)
+        for path in sorted(folder.iterdir()):
+            job.folder.upload(path, f"{MODEL}/{path.name}")
+        job.say(f"{settings.uri}, template {models.template_of(folder)}")
+
+
+def start_from(uri: str, template: str | None, workspace: Workspace) -> Outcome:
+    """The model that `uri` names as an artifact; a folder that is none is mirrored into the root first.
+
+    `template`: what a folder was trained with that does not say so itself.
+    """
+    folder = resolve(uri, workspace.tracking)
+    above, _, last = folder.rstrip("/").rpartition("/")
+    if last == MODEL and open_store(above).stat(MANIFEST) is not None:
+        return Outcome(open_artifact(above), reused=True, seconds=0.0)
+    if open_store(folder).stat(models.ABOUT) is not None:
+        template = None
+    return run_component(Given(), GivenSettings(uri=folder, template=template), {}, workspace)
+
+
+def _check(folder: Path, uri: str) -> None:
+    """Everything that training needs of it, before anything is trained."""
+    try:
+        kind = json.loads((folder / "config.json").read_text()).get("model_type")
+        if kind != "llava":
+            raise RefusedInput(f"{uri}: a model of type {kind!r}; a stock LLaVA has the type 'llava'")
+        config, processor = models.load_config(folder), models.load_processor(folder)
+    except (OSError, ValueError, ImportError) as error:
+        raise RefusedInput(f"{uri}: no stock LLaVA folder: {' '.join(str(error).split())[:300]}") from error
+    if wrong := _mismatch(config, processor):
+        raise RefusedInput(f"{uri}: {wrong}")
+    models.load(folder, config.dtype)
+
+
+def _mismatch(config: Any, processor: Any) -> str | None:
+    """Where config and processor contradict each other, in one line."""
+    tokenizer, vocabulary = processor.tokenizer, config.text_config.vocab_size
+    slot = tokenizer.convert_tokens_to_ids(processor.image_token)
+    if slot != config.image_token_index:
+        return f"the tokenizer's image token is {slot}, the config's {config.image_token_index}"
+    if len(tokenizer) > vocabulary:
+        return f"the tokenizer knows {len(tokenizer)} tokens, the model {vocabulary}"
+    if (tokens := models.features(config)) != models.image_tokens(config):
+        return f"image_seq_length is {models.image_tokens(config)}, the tower gives {tokens} features"
+    return None

@@ -1,0 +1,229 @@
+"""A tower or a language model from outside: a hub repository at a pinned commit, or a local folder.
+
+Only files with weights, configs and vocabularies are taken; code is neither fetched nor run. Weights that exist
+as PyTorch pickles only are rewritten as safetensors, read with `weights_only=True`, here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from components.contract.digest import fingerprint
+from llava.errors import LlavaError, RefusedInput
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_HUB_ID = re.compile(r"[\w][\w.-]*/[\w.-]+")
+_TEXTS = ["*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
+_WEIGHTS = ["model.safetensors", "model-?????-of-?????.safetensors"]
+_PICKLES = ["pytorch_model.bin", "pytorch_model-?????-of-?????.bin"]
+_INDEX, _PICKLED_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a part comes from. `revision` is the commit of a hub repository, None for a folder."""
+
+    what: str
+    """The setting's name, for messages: "vision" or "language"."""
+    place: str
+    revision: str | None
+
+    @property
+    def folder(self) -> Path | None:
+        """The local folder, or None for a hub repository."""
+        if self.place.startswith(("/", "./", "../", "~")) or self.place in (".", ".."):
+            return Path(self.place).expanduser()
+        return None
+
+    def malformed(self) -> str | None:
+        """What is wrong with how the source is written, in one line; None where nothing is."""
+        if self.folder is not None:
+            if self.revision is not None:
+                return f"{self.what}_revision is for hub repositories; {self.place} is a folder"
+            return None
+        if not _HUB_ID.fullmatch(self.place):
+            return f"{self.what}={self.place!r}: give OWNER/NAME on the hub, or a folder as /PATH or ./PATH"
+        if self.revision is not None and not _is_commit(self.revision):
+            return (
+                f"{self.what}_revision={self.revision!r} is no commit: give the 40 hexadecimal digits that "
+                f"the history of {self.place} shows; branches and tags move"
+            )
+        return None
+
+    def digest(self) -> str:
+        """What stands for the contents: the commit, or the folder's fingerprint. Raises `RefusedInput`."""
+        if (folder := self.folder) is not None:
+            if not folder.is_dir():
+                raise RefusedInput(f"backbones.{self.what}={self.place}: no such folder")
+            return fingerprint(folder)
+        if self.revision is None:
+            raise RefusedInput(
+                f"backbones.{self.what}_revision is missing: the commit of {self.place} that you want, 40 hexadecimal "
+                f"digits from its history on the hub: --set backbones.{self.what}_revision=..."
+            )
+        return f"{self.place}@{self.revision}"
+
+    def fetch(self, scratch: Path, say: Callable[[str], None]) -> Path:
+        """A folder with the files, weights as safetensors; `scratch` is a folder that may be filled."""
+        found = self.folder if self.folder is not None else self._download(say)
+        return as_safetensors(found, scratch, say)
+
+    def _download(self, say: Callable[[str], None]) -> Path:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub import utils as hub
+        from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+        hub.disable_progress_bars()
+        say(f"{self.what}: fetching {self.place} at {self.revision}")
+
+        def get(patterns: list[str]) -> Path:
+            # The hub's own cache keeps what came before a crash.
+            endpoint = os.environ.get("HF_ENDPOINT")
+            return Path(
+                snapshot_download(
+                    self.place, revision=self.revision, allow_patterns=patterns, endpoint=endpoint
+                )
+            )
+
+        try:
+            folder = get(_TEXTS + _WEIGHTS)
+            if not any(folder.glob("*.safetensors")):
+                folder = get(_TEXTS + _PICKLES)
+        except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+            missing = "commit" if isinstance(error, RevisionNotFoundError) else "repository"
+            raise RefusedInput(
+                f"backbones.{self.what}={self.place}: the hub shows no such {missing} "
+                f"({self.revision}); a private or gated one needs HF_TOKEN in the environment"
+            ) from None
+        except (HfHubHTTPError, OSError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise LlavaError(
+                f"backbones.{self.what}={self.place}: the hub does not answer: {reason}"
+            ) from error
+        return folder
+
+
+def _is_commit(revision: str) -> bool:
+    """40 hexadecimal digits that somebody looked up: a row of one digit is a placeholder."""
+    return bool(_COMMIT.fullmatch(revision)) and len(set(revision)) > 4
+
+
+def as_safetensors(found: Path, scratch: Path, say: Callable[[str], None]) -> Path:
+    """`found` itself where its weights are safetensors; else a folder in `scratch` with them rewritten."""
+    if any(found.glob("*.safetensors")):
+        return found
+    pickles = sorted({path for pattern in _PICKLES for path in found.glob(pattern)})
+    if not pickles:
+        raise RefusedInput(f"{found}: holds neither *.safetensors nor pytorch_model*.bin: no weights")
+    scratch.mkdir(parents=True, exist_ok=True)
+    for path in found.iterdir():
+        if path.is_file() and path.suffix in (".json", ".model", ".jinja", ".txt"):
+            (scratch / path.name).symlink_to(path.resolve())
+    names = {
+        path.name: path.name.replace("pytorch_model", "model").replace(".bin", ".safetensors")
+        for path in pickles
+    }
+    for path in pickles:
+        say(f"{path.name} -> {names[path.name]}")
+        _rewrite(path, scratch / names[path.name])
+    if (found / _PICKLED_INDEX).is_file():
+        index = json.loads((found / _PICKLED_INDEX).read_text())
+        index["weight_map"] = {name: names[file] for name, file in index["weight_map"].items()}
+        (scratch / _INDEX).write_text(json.dumps(index))
+    return scratch
+
+
+def _rewrite(pickled: Path, goal: Path) -> None:
+    """One file at a time is in memory; tensors that share storage (tied weights) are written apart."""
+    try:
+        state: Any = torch.load(pickled, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise RefusedInput(
+            f"{pickled}: holds more than tensors, so it could run code when it is read; take a repository with "
+            "safetensors"
+        ) from None
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise RefusedInput(f"{pickled}: is no plain table of tensors")
+    storages: set[int] = set()
+    tensors = {}
+    for name, tensor in state.items():
+        shared = tensor.untyped_storage().data_ptr() in storages
+        storages.add(tensor.untyped_storage().data_ptr())
+        tensors[name] = tensor.contiguous().clone() if shared else tensor.contiguous()
+    save_file(tensors, goal, metadata={"format": "pt"})
+
+
+def load_vision(folder: Path, what: str) -> tuple[Any, Any]:
+    """The vision tower and its image processor; of a whole CLIP or SigLIP its vision half."""
+    from transformers import (
+        AutoImageProcessor,
+        CLIPVisionConfig,
+        CLIPVisionModel,
+        SiglipVisionConfig,
+        SiglipVisionModel,
+    )
+
+    classes = {
+        "clip": (CLIPVisionConfig, CLIPVisionModel),
+        "siglip": (SiglipVisionConfig, SiglipVisionModel),
+    }
+    family = str(_config(folder).get("model_type", "")).removesuffix("_vision_model")
+    if family not in classes:
+        raise RefusedInput(f"{what}: vision tower of type {family!r}; known: {', '.join(classes)}")
+    config_class, model_class = classes[family]
+    config = config_class.from_pretrained(folder, local_files_only=True)
+    tower = _load(model_class, folder, what, config=config)
+    return tower, AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
+
+
+def load_language(folder: Path, what: str) -> tuple[Any, Any]:
+    """The language model and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = _load(AutoModelForCausalLM, folder, what)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        raise RefusedInput(
+            f"{what}: no tokenizer can be loaded: {' '.join(str(error).split())[:300]}"
+        ) from error
+    return model, tokenizer
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise RefusedInput(f"{folder}/config.json: {error}") from None
+    return found if isinstance(found, dict) else {}
+
+
+def _load(model_class: Any, folder: Path, what: str, **more: Any) -> Any:
+    """In the precision it is stored in; weights that are missing are an error, never made up."""
+    try:
+        model, report = model_class.from_pretrained(
+            folder,
+            dtype="auto",
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **more,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise RefusedInput(f"{what}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    if lost := sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"]):
+        raise RefusedInput(
+            f"{what}: {len(lost)} weights are missing or have another shape, such as {lost[0]}"
+        )
+    return model

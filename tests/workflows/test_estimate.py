@@ -1,0 +1,206 @@
+"""Every preset of the papers, before anything is fetched or paid for; and what `llava estimate` says and refuses."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from components.training.auto import training_of
+from llava import sizes
+from llava.errors import RefusedInput
+from llava.estimate import GIB
+from workflows import cli
+from workflows import config as configs
+from workflows.estimate import plan, sizes_of
+
+PAPERS = [name for name in configs.preset_names() if name.startswith("llava-")]
+COMMITS = [f"backbones.{part}_revision={'0123456789abcdef' * 2}89abcdef" for part in ("vision", "language")]
+DATA = ["shard.path=/data", "shard_captions.path=/data"]
+EXPECTED = {
+    # tower, language model, projector's parameters, tokens of a picture; batch and rate of both stages, epochs
+    "llava-v1-7b": (sizes.CLIP_L14, sizes.VICUNA_7B, 4_198_400, 256, (128, 2e-3), (32, 2e-5), 3),
+    "llava-v1-13b": (sizes.CLIP_L14, sizes.VICUNA_13B, 5_248_000, 256, (128, 2e-3), (32, 2e-5), 3),
+    "llava-v1-scienceqa": (sizes.CLIP_L14, sizes.VICUNA_13B, 5_248_000, 256, (128, 2e-3), (32, 2e-5), 12),
+    "llava-v1.5-7b": (sizes.CLIP_L14_336, sizes.VICUNA_7B, 20_979_712, 576, (256, 1e-3), (128, 2e-5), 1),
+    "llava-v1.5-13b": (sizes.CLIP_L14_336, sizes.VICUNA_13B, 31_467_520, 576, (256, 1e-3), (128, 2e-5), 1),
+    "llava-v1.5-7b-lora": (sizes.CLIP_L14_336, sizes.VICUNA_7B, 20_979_712, 576, (256, 1e-3), (128, 2e-4), 1),
+    "llava-v1.5-13b-lora": (
+        sizes.CLIP_L14_336,
+        sizes.VICUNA_13B,
+        31_467_520,
+        576,
+        (256, 1e-3),
+        (128, 2e-4),
+        1,
+    ),
+}
+
+
+def test_there_is_a_preset_for_each_model_of_the_papers() -> None:
+    assert sorted(EXPECTED) == PAPERS
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_a_preset_is_the_papers_recipe(name: str) -> None:
+    config = configs.load(name, [*COMMITS, *DATA])
+    vision, language, projector, tokens, first, second, epochs = EXPECTED[name]
+    model = sizes_of(config)
+    assert (model.vision, model.language, model.projector_parameters) == (vision, language, projector)
+    assert (model.image_tokens, model.feature_layer, model.keep_cls) == (tokens, -2, False)
+    assert config.backbones.image_fit == ("pad" if "v1.5" in name else "crop")
+    pretrain, finetune = config.pretrain, config.finetune
+    assert (pretrain.global_batch, pretrain.learning_rate) == first
+    assert (finetune.global_batch, finetune.learning_rate) == second
+    assert (pretrain.template, pretrain.epochs) == ("plain", 1)
+    assert (finetune.template, finetune.epochs) == ("v1", epochs)
+    assert finetune.lora is name.endswith("-lora")
+    if finetune.lora:
+        assert (finetune.lora_rank, finetune.lora_alpha, finetune.projector_learning_rate) == (128, 256, 2e-5)
+    for stage in (pretrain, finetune):
+        assert (stage.weight_decay, stage.warmup_ratio, stage.precision, stage.max_length) == (
+            0,
+            0.03,
+            "bf16",
+            2048,
+        )
+        assert (stage.workers, stage.gpu, stage.global_batch % stage.workers) == (8, True, 0)
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_every_line_of_a_recipe_stands_under_its_source(name: str) -> None:
+    text = (configs.PRESETS / f"{name}.yaml").read_text()
+    recipe = (
+        "vision:",
+        "language:",
+        "projector:",
+        "feature_layer:",
+        "global_batch:",
+        "weight_decay:",
+        "max_length:",
+    )
+    lines = [line.strip() for line in text.splitlines()]
+    for number, line in enumerate(lines):
+        if line.startswith(recipe):
+            above = next(each for each in reversed(lines[:number]) if each.startswith("#"))
+            assert any(
+                source in above or source in lines[number - 2] for source in ("v1", "authors", "trained by")
+            )
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_what_only_the_user_knows_is_asked_for_in_one_line(name: str) -> None:
+    with pytest.raises(RefusedInput, match=r"^shard(_captions)?: .*needs path"):
+        configs.load(name, COMMITS)
+    with pytest.raises(RefusedInput, match="vision_revision='main' is no commit"):
+        configs.load(name, [*DATA, "backbones.vision_revision=main"])
+    config = configs.load(name, DATA)
+    with pytest.raises(
+        RefusedInput, match=r"backbones\.vision_revision is missing: the commit of openai/clip"
+    ):
+        from components.backbones.component import Backbones
+
+        Backbones().external(config.backbones)
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_eight_cards_of_80_gb_train_every_preset_and_batches_come_out_even(name: str) -> None:
+    config, model, stages = plan(name, [], gpus=8, gpu="a100-80g", mfu=0.4)
+    assert [each.stage for each in stages] == ["pretrain", "finetune"]
+    for each in stages:
+        settings = getattr(config, each.stage)
+        assert each.best.fits
+        assert each.learning == model.trainable(training_of(each.stage, settings), settings.lora_rank)
+        assert each.updates == round(-(-each.corpus.samples // settings.global_batch) * settings.epochs)
+        # Sharding: with ZeRO-3 a card holds an eighth of everything that is stored or updated.
+        third = next(choice for choice in each.found if choice.setup.zero_stage == 3)
+        stored = model.parameters + (model.language.lora_parameters(128) if each.training == "lora" else 0)
+        assert third.memory.weights == 2 * stored / 8
+        assert third.memory.optimizer == 12 * each.learning / 8
+    hours = {each.stage: each.hours for each in stages}
+    assert 0 < hours["pretrain"] < 6 and 0 < hours["finetune"] < 24
+
+
+@pytest.fixture
+def llava(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> "Command":
+    monkeypatch.chdir(tmp_path)
+    return Command(capsys, monkeypatch)
+
+
+class Command:
+    """`llava estimate` in this process: `(status, standard output, standard error)`."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        self._capsys, self._monkeypatch = capsys, monkeypatch
+
+    def __call__(self, *arguments: str) -> tuple[int, str, str]:
+        self._monkeypatch.setattr(sys, "argv", ["llava", "estimate", *arguments])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        out, err = self._capsys.readouterr()
+        return int(left.value.code or 0), out, err
+
+
+def test_the_estimate_of_a_paper_needs_nothing_but_its_name(llava: Command) -> None:
+    status, out, _ = llava("llava-v1.5-7b", "--gpus", "8", "--gpu", "h100-80g", "--price-per-hour", "2.5")
+    assert status == 0
+    assert "language model 6.74B" in out and "choose ZeRO-" in out
+    assert "h at 40% MFU" in out and "2.5 per GPU and hour" in out
+
+
+def test_json_holds_every_figure(llava: Command) -> None:
+    status, out, _ = llava("llava-v1.5-7b", "--gpu", "h200-141g", "--mfu", "0.5", "--json")
+    assert status == 0
+    found = json.loads(out)
+    stage = found["stages"]["finetune"]
+    assert found["parameters"]["language_model"] == 6_738_415_616
+    assert {choice["zero_stage"] for choice in stage["choices"]} == {1, 2, 3}
+    assert stage["chosen"] in stage["choices"] and stage["chosen"]["fits"]
+    memory = stage["chosen"]["memory"]
+    assert memory["total"] <= found["gpu"]["usable_bytes"] < 141 * GIB
+    assert memory["allocated"] < memory["total"]
+    language = stage["flops_per_sample"]["language"]
+    tokens = 350 + 0.94 * 576
+    assert language == pytest.approx(6 * sizes.VICUNA_7B.token_weights * tokens)
+    flops = language + stage["flops_per_sample"]["vocabulary"]
+    assert stage["hours"] == pytest.approx(flops * 665_000 / (0.5 * 8 * 989e12) / 3600)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["llava-v1.5-13b", "--gpus", "1"], "finetune on 1 x h100-80g does not fit: the least is"),
+        (["llava-v1.5-7b", "--gpu", "b9000"], "GPU 'b9000' is unknown"),
+        (["llava-v1.5-7b", "--mfu", "40"], "--mfu 40.0: a share between 0 and 1"),
+        (["llava-v1.5-7b", "--set", "backbones.language=some/model"], "its shapes are not known before"),
+        (["llava-v1.5-7b", "--set", "backbones.language=/no/where"], "/no/where"),
+        (["llava-v1.5-7b", "--set", "finetune.epoch=2"], "finetune.epoch: unknown key"),
+        (["llava-v1.5-7b", "--set", "estimate.finetune.token=2"], "estimate.finetune.token: unknown key"),
+    ],
+)
+def test_what_cannot_be_estimated_is_one_line_and_status_2(
+    llava: Command, arguments: list[str], message: str
+) -> None:
+    status, out, err = llava(*arguments)
+    assert (status, out) == (2, "")
+    assert message in err and err.count("\n") == 1
+
+
+def test_a_fixed_setting_is_kept_and_auto_is_open(llava: Command) -> None:
+    fixed = ["finetune.zero_stage=3", "finetune.checkpointing=full", "finetune.tokens_per_row=8192"]
+    _, _, (_, stage) = plan("llava-v1.5-7b", fixed, 8, "a100-80g", 0.4)
+    assert [
+        (each.setup.zero_stage, each.setup.checkpointing, each.setup.tokens_per_row) for each in stage.found
+    ] == [(3, "full", 8192)]
+
+
+def test_lora_is_what_one_card_can_train(llava: Command) -> None:
+    assert llava("llava-v1.5-7b", "--gpus", "1", "--gpu", "a100-80g")[0] == 2
+    assert llava("llava-v1.5-7b-lora", "--gpus", "1", "--gpu", "a100-80g")[0] == 0
+
+
+def test_the_tiny_preset_is_estimated_from_its_towers(llava: Command) -> None:
+    status, out, _ = llava("tiny", "--gpus", "1", "--gpu", "l4-24g")
+    assert status == 0
+    assert "assumed: set estimate.finetune" in out
+    assert " h at " not in out

@@ -1,0 +1,279 @@
+"""`llava estimate`: what the stages of a preset need on given GPUs, how long they take, and how to run them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from components.backbones import tiny
+from components.backbones.component import BackbonesSettings
+from components.models import open_model
+from components.training.auto import candidates, training_of
+from components.training.settings import WITHOUT_GPU, TrainSettings
+from llava import estimate as arithmetic
+from llava.errors import RefusedInput
+from llava.estimate import GIB, RESERVE, Choice, Corpus, Gpu
+from llava.sizes import (
+    PUBLISHED,
+    LanguageSizes,
+    Sizes,
+    Training,
+    VisionSizes,
+    language_sizes,
+    llava_sizes,
+    vision_sizes,
+)
+from workflows import config as configs
+from workflows.config import WorkflowConfig
+from workflows.expected import Expected
+
+UNKNOWN = Expected(samples=1, text_tokens=256, supervised_tokens=128)
+"""What a sample is taken for where the config expects nothing; there is no number of hours then."""
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage on the GPUs."""
+
+    stage: str
+    training: Training
+    corpus: Corpus
+    known: bool
+    """Whether the config says what the data holds."""
+    found: list[Choice]
+    """Every way to run it that the config leaves open."""
+    best: Choice
+    faster: Choice | None
+    """The fastest that does not fit with room to spare, where it is faster."""
+    updates: int
+    hours: float
+    learning: int
+    """Parameters that learn."""
+
+
+def plan(
+    preset: str, overrides: list[str], gpus: int, gpu: str, mfu: float
+) -> tuple[WorkflowConfig, Sizes, list[StagePlan]]:
+    """The stages of a preset on `gpus` GPUs. Raises `RefusedInput` where one cannot fit."""
+    if not 0 < mfu < 1:
+        raise RefusedInput(f"--mfu {mfu}: a share between 0 and 1, such as 0.4")
+    card = arithmetic.gpu(gpu)
+    config = configs.load_without_data(preset, overrides)
+    sizes = sizes_of(config)
+    stages = ["pretrain"] if config.pretrain.enabled and config.finetune.from_ is None else []
+    return (
+        config,
+        sizes,
+        [_stage(name, config, sizes, gpus, gpu, card, mfu) for name in [*stages, "finetune"]],
+    )
+
+
+def _stage(
+    name: str, config: WorkflowConfig, sizes: Sizes, gpus: int, gpu: str, card: Gpu, mfu: float
+) -> StagePlan:
+    settings: TrainSettings = getattr(config, name)
+    expected: Expected | None = getattr(config.estimate, name)
+    corpus = (expected or UNKNOWN).corpus(settings.epochs)
+    training = training_of(name, settings)
+    found = candidates(sizes, settings, training, gpus, corpus, card)
+    best = arithmetic.choose(found, card, f"{config.name}, {name} on {gpus} x {gpu}")
+    faster = min((each for each in found if not each.roomy), key=lambda each: each.seconds, default=None)
+    return StagePlan(
+        name,
+        training,
+        corpus,
+        expected is not None,
+        found,
+        best,
+        faster if faster is not None and faster.seconds < best.seconds else None,
+        max(1, round(-(-corpus.samples // settings.global_batch) * settings.epochs)),
+        arithmetic.hours(sizes, best.setup, corpus, card, mfu),
+        sizes.trainable(training, best.setup.lora_rank),
+    )
+
+
+def sizes_of(config: WorkflowConfig) -> Sizes:
+    """The shapes of the config's model, without fetching anything."""
+    if config.finetune.from_ is not None:
+        from llava.model import load_config
+
+        return llava_sizes(load_config(open_model(config.finetune.from_)).to_dict())
+    backbones = config.backbones
+    vision, language = _part(backbones, "vision"), _part(backbones, "language")
+    assert isinstance(vision, VisionSizes) and isinstance(language, LanguageSizes)
+    return Sizes(vision, language, backbones.projector, backbones.feature_layer, backbones.keep_cls)
+
+
+def _part(settings: BackbonesSettings, what: str) -> VisionSizes | LanguageSizes:
+    read = vision_sizes if what == "vision" else language_sizes
+    if settings.kind == "tiny":
+        return read(json.loads((tiny.TOWERS / what / "config.json").read_text()))
+    source = next(each for each in settings.sources if each.what == what)
+    if source.folder is not None:
+        try:
+            return read(json.loads((source.folder / "config.json").read_text()))
+        except (OSError, ValueError) as error:
+            raise RefusedInput(f"backbones.{what}={source.place}: {error}") from None
+    if source.place not in PUBLISHED:
+        raise RefusedInput(
+            f"backbones.{what}={source.place}: its shapes are not known before it is fetched; name a folder that "
+            f"holds its config.json, or one of {', '.join(PUBLISHED)}"
+        )
+    return PUBLISHED[source.place]
+
+
+def as_json(
+    config: WorkflowConfig,
+    sizes: Sizes,
+    stages: list[StagePlan],
+    gpus: int,
+    gpu: str,
+    mfu: float,
+    price: float | None,
+) -> dict[str, Any]:
+    """Every figure; memory in bytes."""
+    card = arithmetic.gpu(gpu)
+    return {
+        "name": config.name,
+        "gpus": gpus,
+        "gpu": {"name": gpu, **asdict(card), "usable_bytes": arithmetic.usable(card)},
+        "mfu": mfu,
+        "parameters": _parameters(sizes),
+        "stages": {
+            each.stage: {
+                "training": each.training,
+                "trainable": each.learning,
+                "data": asdict(each.corpus) | {"expected": each.known},
+                "flops_per_sample": asdict(_flops(sizes, each)),
+                "updates": each.updates if each.known else None,
+                "hours": each.hours if each.known else None,
+                "price": price * gpus * each.hours if price is not None and each.known else None,
+                "chosen": _choice(each.best),
+                "choices": [_choice(choice) for choice in each.found],
+            }
+            for each in stages
+        },
+    }
+
+
+def _choice(choice: Choice) -> dict[str, Any]:
+    setup = {name: getattr(choice.setup, name) for name in WITHOUT_GPU}
+    memory = asdict(choice.memory) | {"allocated": choice.memory.allocated, "total": choice.memory.total}
+    return setup | {
+        "memory": memory,
+        "fits": choice.fits,
+        "roomy": choice.roomy,
+        "seconds_per_update": choice.seconds,
+    }
+
+
+def _parameters(sizes: Sizes) -> dict[str, int]:
+    return {
+        "vision_tower": sizes.vision.parameters,
+        "projector": sizes.projector_parameters,
+        "language_model": sizes.language.parameters,
+    }
+
+
+def _flops(sizes: Sizes, stage: StagePlan) -> arithmetic.Flops:
+    return arithmetic.step_flops(sizes, stage.best.setup, stage.corpus, 1)
+
+
+def lines(
+    config: WorkflowConfig,
+    sizes: Sizes,
+    stages: list[StagePlan],
+    gpus: int,
+    gpu: str,
+    mfu: float,
+    price: float | None,
+) -> Iterator[str]:
+    """The same for a person."""
+    card = arithmetic.gpu(gpu)
+    parameters = ", ".join(f"{part.replace('_', ' ')} {_count(n)}" for part, n in _parameters(sizes).items())
+    yield f"{config.name}: {parameters}"
+    yield (
+        f"{gpus} x {gpu}: {card.memory_gib} GiB each, {arithmetic.usable(card) / GIB:.1f} of it to give; "
+        f"{card.tflops:.0f} TFLOP/s dense bf16"
+    )
+    for stage in stages:
+        yield ""
+        yield from _stage_lines(config, sizes, stage, gpus, card, mfu, price)
+
+
+def _stage_lines(
+    config: WorkflowConfig,
+    sizes: Sizes,
+    stage: StagePlan,
+    gpus: int,
+    card: Gpu,
+    mfu: float,
+    price: float | None,
+) -> Iterator[str]:
+    corpus, best = stage.corpus, stage.best
+    what = {
+        "frozen": "weights of the projector alone",
+        "full": "projector and language model",
+        "lora": "projector and LoRA",
+    }
+    yield f"{stage.stage}: {what[stage.training]} learn: {_count(stage.learning)} parameters"
+    assumed = "as the config expects" if stage.known else "assumed: set estimate." + stage.stage
+    yield (
+        f"  a sample: {corpus.tokens(sizes):.0f} tokens, {corpus.supervised_tokens:.0f} supervised, "
+        f"pictures {corpus.images:g} ({assumed})"
+    )
+    done = _flops(sizes, stage)
+    parts = ", ".join(f"{part} {value / 1e12:.2f}" for part, value in asdict(done).items())
+    yield f"  {done.total / 1e12:.1f} TFLOP per sample: {parts}"
+    yield f"  GiB per GPU with {RESERVE.fragmentation:.0%} lost between blocks; * does not fit"
+    yield from _table(stage)
+    memory = best.memory
+    yield f"  choose {best.name}: {memory.total / GIB:.1f} GiB"
+    yield "    " + ", ".join(f"{part} {value / GIB:.1f}" for part, value in asdict(memory).items() if value)
+    yield f"    {_why(stage)}"
+    if stage.known:
+        cost = (
+            f", {price * gpus * stage.hours:,.0f} at {price:g} per GPU and hour" if price is not None else ""
+        )
+        yield (
+            f"  {stage.updates:,} updates of {getattr(config, stage.stage).global_batch} samples: "
+            f"{stage.hours:.1f} h at {mfu:.0%} MFU{cost}"
+        )
+
+
+def _table(stage: StagePlan) -> Iterator[str]:
+    """A line per ZeRO stage and row, a column per checkpointing."""
+    columns = list(dict.fromkeys(each.setup.checkpointing for each in stage.found))
+    yield f"    {'ZeRO':>4} {'tokens per row':>14} " + " ".join(f"{name:>10}" for name in columns)
+    cells: dict[tuple[int, int], dict[str, str]] = {}
+    for each in stage.found:
+        place = each.setup.zero_stage, each.setup.tokens_per_row
+        need = f"{each.memory.total / GIB:.1f}{' ' if each.fits else '*'}"
+        cells.setdefault(place, {})[each.setup.checkpointing] = need
+    for (zero_stage, tokens), row in cells.items():
+        yield f"    {zero_stage:>4} {tokens:>14} " + " ".join(f"{row[name]:>10}" for name in columns)
+
+
+def _why(stage: StagePlan) -> str:
+    if stage.faster is None:
+        return "the fastest of all that fit: it computes least twice and sends least"
+    gain, need = stage.best.seconds / stage.faster.seconds - 1, stage.faster.memory.total / GIB
+    room = "with room to spare" if stage.best.roomy else "with little room to spare"
+    return f"the fastest that fits {room}: {stage.faster.name} would be {gain:.0%} faster and needs {need:.1f} GiB"
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.2f}B" if parameters >= 1e9 else f"{parameters / 1e6:.1f}M"
+
+
+def run(
+    preset: str, overrides: list[str], gpus: int, gpu: str, mfu: float, price: float | None, as_json_: bool
+) -> None:
+    """Print the estimate; where a stage cannot fit, `RefusedInput` names its least need."""
+    config, sizes, stages = plan(preset, overrides, gpus, gpu, mfu)
+    if as_json_:
+        print(json.dumps(as_json(config, sizes, stages, gpus, gpu, mfu, price)))
+    else:
+        print("\n".join(lines(config, sizes, stages, gpus, gpu, mfu, price)))
