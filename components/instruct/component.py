@@ -1,4 +1,8 @@
-"""The component `instruct`: one Ray task per training shard of a dataset, and one for the held-out questions."""
+"""The component `instruct`: one Ray task per training shard of a dataset, and one for the held-out questions.
+
+The teacher is `rules` (embedded) or `llm` (behind an endpoint; the package `llm`). Held-out questions are always asked
+by the rules: their answers are short, certain and can be compared.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,12 @@ import pyarrow.parquet as pq
 from components.contract.component import Component, Job
 from components.contract.manifest import Artifact
 from components.contract.store import Folder
+from components.instruct.llm.checks import language_is_known
+from components.instruct.llm.endpoint import read_key
+from components.instruct.llm.prompts import load_prompts
+from components.instruct.llm.stage import answered_tasks
 from components.instruct.report import report
-from components.instruct.samples import SLOT, heldout_row, questions, samples, spread_over_kinds
+from components.instruct.samples import heldout_row, measure, questions, samples, spread_over_kinds
 from components.instruct.settings import InstructSettings
 from components.shard_results import Refusals, note_refused
 from components.shard_tasks import ShardOutput, ShardTask, run_shards
@@ -27,29 +35,40 @@ class Instruct(Component):
     name: ClassVar[str] = "instruct"
     version: ClassVar[str] = "1"
     Settings: ClassVar[type[InstructSettings]] = InstructSettings
+    # It joins the cluster itself, after an endpoint was tried.
+    on_ray = False
 
     def check(self, settings: InstructSettings, inputs: dict[str, Artifact]) -> None:
-        """Refuse an input that is no dataset."""
+        """Refuse an input that is no dataset, and what a teacher behind an endpoint cannot do without."""
         if DATASET not in inputs:
             raise RefusedInput(f"instruct needs the input {DATASET!r}, an artifact of shard")
-        if not _files(inputs[DATASET], "train"):
+        if not training_files(inputs[DATASET]):
             raise RefusedInput(f"{inputs[DATASET].uri}: holds no train/*.parquet, so it is no dataset")
+        if settings.teacher == "llm":
+            read_key(settings)
+            if not language_is_known(settings.language):
+                raise RefusedInput(
+                    f"instruct.language={settings.language}: give an ISO 639 code such as en or de"
+                )
+
+    def external(self, settings: InstructSettings) -> dict[str, str]:
+        """The prompts, by their contents."""
+        return {"prompts": load_prompts(settings.prompts).digest} if settings.teacher == "llm" else {}
 
     def run(self, job: Job) -> None:
         """One task for each training file, one for all held-out files together, then the report."""
         settings: InstructSettings = job.settings
         dataset = job.inputs[DATASET]
-        train, heldout = _files(dataset, "train"), _files(dataset, "heldout")
-        tasks = [
-            ShardTask(
-                f"train-{part:05d}",
-                part,
-                _count(dataset.folder, [key]),
-                _write_training,
-                (settings, dataset.folder, key),
-            )
-            for part, key in enumerate(train)
-        ]
+        train, heldout = training_files(dataset), _files(dataset, "heldout")
+        counts = [_count(dataset.folder, [key]) for key in train]
+        if settings.teacher == "llm":
+            tasks = answered_tasks(job, dataset.folder, train, counts)
+        else:
+            job.workspace.cluster()
+            tasks = [
+                ShardTask(f"train-{part:05d}", part, count, _write_training, (settings, dataset.folder, key))
+                for part, (key, count) in enumerate(zip(train, counts, strict=True))
+            ]
         # The choice of held-out questions is even over the kinds of all of them: one task sees them all. It
         # reads texts only, and the pictures of what it chose.
         if heldout and settings.heldout_questions:
@@ -60,6 +79,11 @@ class Instruct(Component):
         result = run_shards(job, tasks, group=settings.group, workers=settings.workers, refusals=refusals)
         note_refused(job, result)
         report(job, result)
+
+
+def training_files(dataset: Artifact) -> list[str]:
+    """The training shards of a dataset, in order."""
+    return _files(dataset, "train")
 
 
 def _files(dataset: Artifact, split: str) -> list[str]:
@@ -88,7 +112,7 @@ def _write_training(output: ShardOutput, arguments: tuple[InstructSettings, Fold
         written = 0
         for sample in samples(row, settings):
             output.write("train", sample)
-            _measure(output, "train", sample)
+            measure(output, "train", sample)
             written += 1
         if not written:
             output.refuse(row["id"], "nothing-to-say", _knowledge(row))
@@ -114,23 +138,9 @@ def _write_heldout(output: ShardOutput, arguments: tuple[InstructSettings, Folde
         for question in by_photo.get(photo, ()):
             sample = heldout_row(row, question)
             output.write("heldout", sample)
-            _measure(output, "heldout", sample)
+            measure(output, "heldout", sample)
 
 
 def _knowledge(row: Row) -> str:
     objects = "unknown objects" if row["objects"] is None else f"{len(row['objects'])} objects"
     return f"{len(row['captions'])} captions, {objects}"
-
-
-def _measure(output: ShardOutput, split: str, sample: Row) -> None:
-    turns = sample["conversations"] or []
-    output.count(f"type, {split}/{sample['type'] or 'as given'}")
-    for kind in sample["kinds"] or []:
-        output.count(f"kind, {split}/{kind}")
-    output.measure(f"turns, {split}", len(turns))
-    for turn in turns:
-        if turn["from"] == "human":
-            words = turn["value"].replace(SLOT, " ").split()
-            output.count(f"first words, {split}/{' '.join(words[:2])}")
-        else:
-            output.measure(f"answer words, {split}", len(turn["value"].split()))

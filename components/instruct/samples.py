@@ -1,4 +1,4 @@
-"""From a photo's row to its samples: types by their shares, turns from the teacher, no sample twice.
+"""From a photo's row to its samples by the rules teacher: types by their shares, no sample twice.
 
 Everything depends on the settings and on the photo's row alone (the seed and the photo's id make the random
 numbers), so the same row gives the same samples in any shard, in any order.
@@ -7,13 +7,13 @@ numbers), so the same row gives the same samples in any shard, in any order.
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from components.instruct import rules
 from components.instruct.rules import Turn
 from components.instruct.settings import InstructSettings
+from components.shard_tasks import ShardOutput
 from llava.data.schema import Row, TurnCell
 
 SLOT = "<image>"
@@ -21,35 +21,6 @@ QUESTIONS_ASKED = 8  # of a held-out photo, to choose from
 OPEN_KINDS = ("brief",)  # any of many answers would do, so that none can be compared
 
 Objects = list[tuple[str, tuple[float, float, float, float]]]
-
-
-class Teacher(Protocol):
-    """Writes about a picture that it knows from captions and boxes only. `objects` None: unknown."""
-
-    def conversation(
-        self,
-        captions: Sequence[str],
-        objects: Objects | None,
-        width: int,
-        height: int,
-        rng: random.Random,
-        turns: int,
-        kinds: Collection[str] | None = None,
-    ) -> list[Turn]:
-        """Up to `turns` short questions with their answers."""
-
-    def detail(
-        self, captions: Sequence[str], objects: Objects | None, width: int, height: int, rng: random.Random
-    ) -> Turn | None:
-        """A request for a description, and the description; None where too little is known."""
-
-    def reasoning(
-        self, captions: Sequence[str], objects: Objects | None, width: int, height: int, rng: random.Random
-    ) -> Turn | None:
-        """A question that takes more than one step, and its answer; None where too little is known."""
-
-
-TEACHERS: dict[str, Teacher] = {"rules": rules}
 
 
 @dataclass(frozen=True)
@@ -77,7 +48,7 @@ def samples(row: Row, settings: InstructSettings) -> Iterator[Row]:
                 seen.add(said)
                 yield row | {
                     "id": f"{row['id']}-{number}",
-                    "conversations": _cells(turns, after=_after(settings, rng)),
+                    "conversations": cells(turns, after=picture_after(settings, rng)),
                     "kinds": [turn.kind for turn in turns],
                     "type": kind,
                 }
@@ -93,12 +64,12 @@ def questions(row: Row, photo: int, settings: InstructSettings) -> list[Question
         first, answer = row["conversations"][:2]
         return [Question(photo, 0, (row["kinds"] or [""])[0], (first, answer))]
     rng = random.Random(f"instruct held out {settings.seed} {row['id']}")
-    turns = TEACHERS[settings.teacher].conversation(*_known(row), rng, QUESTIONS_ASKED, settings.kinds)
+    turns = rules.conversation(*_known(row), rng, QUESTIONS_ASKED, settings.kinds)
     return [
-        Question(photo, number, turn.kind, (cells[0], cells[1]))
+        Question(photo, number, turn.kind, (asked, told))
         for number, turn in enumerate(turns)
         if turn.kind not in OPEN_KINDS
-        for cells in [_cells([turn], after=False)]
+        for asked, told in [cells([turn], after=False)]
     ]
 
 
@@ -134,10 +105,9 @@ def heldout_row(row: Row, question: Question) -> Row:
 
 
 def _write(kind: str, row: Row, settings: InstructSettings, rng: random.Random) -> list[Turn]:
-    teacher = TEACHERS[settings.teacher]
     if kind == "conversation":
-        return teacher.conversation(*_known(row), rng, settings.turns, settings.kinds)
-    turn = (teacher.detail if kind == "detail" else teacher.reasoning)(*_known(row), rng)
+        return rules.conversation(*_known(row), rng, settings.turns, settings.kinds)
+    turn = (rules.detail if kind == "detail" else rules.reasoning)(*_known(row), rng)
     return [turn] if turn is not None else []
 
 
@@ -162,15 +132,32 @@ def _in_random_order(shares: dict[str, float], rng: random.Random) -> Iterator[s
         yield kind
 
 
-def _after(settings: InstructSettings, rng: random.Random) -> bool:
+def picture_after(settings: InstructSettings, rng: random.Random) -> bool:
+    """Whether the picture stands after the first question."""
     return settings.image_position == "random" and rng.random() < 0.5
 
 
-def _cells(turns: Sequence[Turn], after: bool) -> list[TurnCell]:
-    cells: list[TurnCell] = []
+def cells(turns: Sequence[Turn], after: bool) -> list[TurnCell]:
+    """Turns as a dataset holds them; the picture stands before or after the first question."""
+    made: list[TurnCell] = []
     for number, turn in enumerate(turns):
         question = turn.question
         if number == 0:
             question = f"{question}\n{SLOT}" if after else f"{SLOT}\n{question}"
-        cells += [{"from": "human", "value": question}, {"from": "gpt", "value": turn.answer}]
-    return cells
+        made += [{"from": "human", "value": question}, {"from": "gpt", "value": turn.answer}]
+    return made
+
+
+def measure(output: ShardOutput, split: str, sample: Row) -> None:
+    """Count a sample for the report."""
+    turns = sample["conversations"] or []
+    output.count(f"type, {split}/{sample['type'] or 'as given'}")
+    for kind in sample["kinds"] or []:
+        output.count(f"kind, {split}/{kind}")
+    output.measure(f"turns, {split}", len(turns))
+    for turn in turns:
+        if turn["from"] == "human":
+            words = turn["value"].replace(SLOT, " ").split()
+            output.count(f"first words, {split}/{' '.join(words[:2])}")
+        else:
+            output.measure(f"answer words, {split}", len(turn["value"].split()))

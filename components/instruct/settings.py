@@ -6,22 +6,25 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from components.contract.component import Settings, run_field
+from components.contract.component import run_field
+from components.instruct.llm.settings import TeacherSettings
 from components.instruct.rules import ASK
 from llava.data.schema import GroupSize
 
 
-class InstructSettings(Settings):
+class InstructSettings(TeacherSettings):
     """Who writes, how much about each photo, and what is asked of the held-out ones."""
 
-    teacher: Literal["rules"] = Field(
-        "rules", description="Who writes: rules (what captions and boxes say for certain, no model)"
+    teacher: Literal["rules", "llm"] = Field(
+        "rules",
+        description="Who writes: rules (what captions and boxes say for certain, no model) or llm (a language model "
+        "behind base_url)",
     )
     seed: int = Field(0, description="Seed of what is asked, of the types and of where the picture stands")
     per_photo: int = Field(2, ge=1, description="Samples about each photo at most (the paper has about two)")
-    turns: int = Field(3, ge=1, description="Questions of a conversation at most")
+    turns: int = Field(3, ge=1, description="Questions of a conversation by rules at most")
     kinds: tuple[str, ...] | None = Field(
-        None, description="Kinds of questions in conversations, such as colour, where, count; null: all"
+        None, description="Kinds of questions by rules, such as colour, where, count; null: all"
     )
     conversation_share: float = Field(58, ge=0, description="Weight of conversations among the samples")
     detail_share: float = Field(23, ge=0, description="Weight of detailed descriptions among the samples")
@@ -49,6 +52,10 @@ class InstructSettings(Settings):
             raise ValueError(
                 "conversation_share, detail_share and reasoning_share are all 0: nothing to write"
             )
+        if self.teacher == "llm" and (
+            missing := [key for key in ("model", "base_url") if not getattr(self, key)]
+        ):
+            raise ValueError(f"teacher=llm needs {' and '.join(f'instruct.{key}' for key in missing)}")
         return self
 
     @property

@@ -1,0 +1,266 @@
+"""Asking: some requests under way at once, by Ray actors, each answer stored before the next request takes its place.
+
+A request is under way until its answer is stored, so a crash costs at most `instruct.concurrency` answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from components.contract import Folder, Guard, Job
+from components.instruct.llm.endpoint import Endpoint
+from components.instruct.llm.limits import Budget, Gate, Limits, Pace, SharedLimits, Tokens
+from components.instruct.llm.prompts import Prompts
+from components.instruct.llm.requests import Request, Requests
+from components.instruct.llm.responses import Writer, stored
+from components.instruct.settings import InstructSettings
+from llava.errors import LlavaError
+
+SAY_EVERY_SECONDS = 5.0
+CHECK_EVERY_SECONDS = 5.0
+RESTARTS = 3
+
+
+@dataclass
+class Tally:
+    """What asking has come to in this run. `faults`: tries without an answer, by reason."""
+
+    answered: int = 0
+    tokens: Tokens = Tokens()  # noqa: RUF009 - a NamedTuple never changes
+    faults: Counter[str] = field(default_factory=Counter)
+    used_up: bool = False
+
+    def add(self, other: Tally) -> None:
+        """Take in what another asker has come to."""
+        self.answered += other.answered
+        self.tokens += other.tokens
+        self.faults.update(other.faults)
+        self.used_up |= other.used_up
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every asker is told: from these shards' requests, those whose response the artifact has not stored yet."""
+
+    settings: InstructSettings
+    prompts: Prompts
+    dataset: Folder
+    shards: tuple[str, ...]
+    folder: Folder
+    guard: Guard
+
+
+class ArtifactLimits(Limits):
+    """The gate of one artifact, on the clock of the process that it is made in."""
+
+    def __init__(self, settings: InstructSettings, spent: Tokens) -> None:
+        pace = Pace(settings.requests_per_minute, settings.tokens_per_minute, time.monotonic())
+        super().__init__(pace, budget_of(settings), spent)
+
+
+async def ask(
+    requests: Iterator[Request],
+    endpoint: Endpoint,
+    gate: Gate,
+    writer: Writer,
+    tally: Tally,
+    *,
+    asker: int = 0,
+    concurrency: int,
+) -> None:
+    """Answer and store every request, at most `concurrency` under way; ends early with `tally.used_up`.
+
+    After a failure nothing new leaves, what is under way is stored, then the failure is raised.
+    """
+    stop = asyncio.Event()
+    failures: list[Exception] = []
+    tally.faults = endpoint.faults
+
+    async def one_after_another() -> None:
+        for request in requests:
+            response = await endpoint.answer(request, gate, asker, stop)
+            if response is None:
+                tally.used_up |= not stop.is_set()
+                stop.set()
+            else:
+                await writer.put(response)
+                tally.answered += 1
+                tally.tokens += response.tokens
+            if stop.is_set():
+                return
+
+    async def until_failure() -> None:
+        try:
+            await one_after_another()
+        except Exception as failure:
+            failures.append(failure)
+            stop.set()
+
+    await asyncio.gather(*(until_failure() for _ in range(concurrency)))
+    if failures:
+        raise failures[0]
+
+
+class Asker:
+    """One process that asks: every `count`-th request is its own."""
+
+    def __init__(self, work: Work, number: int, count: int) -> None:
+        self._work, self._number, self._count = work, number, count
+        self._tally = Tally()
+
+    async def tally(self) -> Tally:
+        """How far `ask` has come."""
+        return self._tally
+
+    async def ask(self, limits: Any | None) -> Tally:
+        """Ask until nothing is missing or the budget is used up; after a crash of this process, once more.
+
+        `limits` is the actor that several askers share; None: this one keeps to the limits by itself.
+        """
+        work, settings = self._work, self._work.settings
+        found = stored(work.folder)
+        gate = ArtifactLimits(settings, found.tokens) if limits is None else SharedLimits(limits)
+        await gate.begin(self._number)
+        async with (
+            Endpoint(settings) as endpoint,
+            Writer(work.folder, _now_and_then(work.guard.check)) as writer,
+        ):
+            await ask(
+                self._missing(found.digests),
+                endpoint,
+                gate,
+                writer,
+                self._tally,
+                asker=self._number,
+                concurrency=-(-settings.concurrency // self._count),
+            )
+        return self._tally
+
+    def _missing(self, answered: set[bytes]) -> Iterator[Request]:
+        every = Requests(self._work.settings, self._work.prompts).of_files(
+            self._work.dataset, self._work.shards
+        )
+        for number, request in enumerate(every):
+            if number % self._count == self._number and bytes.fromhex(request.digest) not in answered:
+                yield request
+
+
+def ask_all(job: Job, work: Work, missing: int, spent: Tokens) -> Tally:
+    """Ask for everything that is missing; returns what that came to. Ray must be initialised."""
+    import ray
+    from ray.exceptions import RayActorError, RayTaskError
+
+    settings = work.settings
+    count = min(settings.askers, settings.concurrency, missing)
+    shared = None
+    if count > 1:
+        actor = ray.remote(ArtifactLimits).options(num_cpus=0, max_concurrency=10_000)
+        shared = actor.remote(settings, spent)
+    remote = ray.remote(Asker).options(
+        num_cpus=1,
+        max_restarts=RESTARTS,
+        max_task_retries=RESTARTS,
+        scheduling_strategy="SPREAD",
+    )
+    actors = [remote.remote(work, number, count) for number in range(count)]
+    total, running = Tally(), {actor.ask.remote(shared): actor for actor in actors}
+    progress = _Progress(job, settings, missing, spent)
+    try:
+        while running:
+            done, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
+            for reference in done:
+                del running[reference]
+                total.add(ray.get(reference))
+            if progress.due():
+                job.lease.check()
+                progress.say(total, _so_far(list(running.values())))
+    except RayTaskError as error:
+        if isinstance(error.cause, LlavaError):
+            raise error.cause from None
+        raise
+    except RayActorError as error:
+        raise LlavaError(
+            f"a process that asks the teacher died {RESTARTS + 1} times ({str(error).splitlines()[0]}); "
+            "what was answered is kept: run again"
+        ) from error
+    finally:
+        for actor in [*actors, *([shared] if shared else [])]:
+            ray.kill(actor)
+    return total
+
+
+def budget_of(settings: InstructSettings) -> Budget:
+    """The budget and the prices."""
+    return Budget(
+        settings.budget_tokens, settings.budget_money, settings.price_prompt, settings.price_completion
+    )
+
+
+class _Progress:
+    """Plain lines, seconds apart, with the time that is left at the pace so far."""
+
+    def __init__(self, job: Job, settings: InstructSettings, missing: int, spent: Tokens) -> None:
+        self._job, self._missing, self._spent = job, missing, spent
+        self._budget = budget_of(settings)
+        self._began = self._said = time.monotonic()
+
+    def due(self) -> bool:
+        """Whether it is time to say something."""
+        return time.monotonic() - self._said >= SAY_EVERY_SECONDS
+
+    def say(self, finished: Tally, running: Sequence[Tally]) -> None:
+        """One line about the askers that are through and those that are not."""
+        self._said = time.monotonic()
+        together = Tally()
+        for tally in [finished, *running]:
+            together.add(tally)
+        pace = together.answered / (self._said - self._began)
+        text = f"{together.answered:,} of {self._missing:,} requests answered"
+        if together.answered:
+            left = (self._missing - together.answered) / pace
+            text += f", {pace:,.1f} a second, about {left:,.0f} s left"
+        text += f"; {told(self._spent + together.tokens, self._budget)}"
+        if together.faults:
+            reasons = ", ".join(f"{reason} {count:,}" for reason, count in together.faults.most_common())
+            text += f"; tried again: {reasons}"
+        self._job.say(text)
+
+
+def told(tokens: Tokens, budget: Budget) -> str:
+    """Tokens in words, with what they cost where prices are known."""
+    text = f"{tokens.prompt:,} + {tokens.completion:,} tokens"
+    cost = budget.cost(tokens)
+    return f"{text}, cost {cost:,.4f}" if cost else text
+
+
+def _so_far(actors: Sequence[Any]) -> list[Tally]:
+    """What running askers have come to; one that is being started again has nothing to tell."""
+    import ray
+
+    asked = [actor.tally.remote() for actor in actors]
+    ready, _ = ray.wait(asked, num_returns=len(asked), timeout=1.0) if asked else ([], [])
+    found: list[Tally] = []
+    for reference in ready:
+        try:
+            found.append(ray.get(reference))
+        except ray.exceptions.RayError:
+            continue
+    return found
+
+
+def _now_and_then(check: Callable[[], None]) -> Callable[[], None]:
+    """`check`, called through at most every few seconds: it reads from the store."""
+    last = -CHECK_EVERY_SECONDS
+
+    def sometimes() -> None:
+        nonlocal last
+        if time.monotonic() - last >= CHECK_EVERY_SECONDS:
+            check()
+            last = time.monotonic()
+
+    return sometimes

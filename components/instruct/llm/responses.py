@@ -1,0 +1,197 @@
+"""Every response, stored before it is read: small Parquet files under the artifact, found again by request digest.
+
+`responses/FIRST-LAST-NAME.parquet` holds responses about photos of the shards FIRST to LAST. A file is written whole
+and never changed; a writer folds its small files into a larger one now and then (written first, the small ones deleted
+after it), so a crash leaves a response twice at worst.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import NamedTuple
+from uuid import uuid4
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from components.contract import Folder
+from components.instruct.llm.limits import Tokens
+
+RESPONSES = "responses"
+GATHER_SECONDS = 0.02
+"""Answers that come within this time share a file: a file for each would cost more than the answer's own handling."""
+FOLD = 200
+"""Small files that are folded into one."""
+ADOPT = 2000
+"""Responses of a file that takes over what another artifact paid for."""
+
+SCHEMA = pa.schema(
+    [
+        pa.field("digest", pa.string()),
+        pa.field("photo", pa.string()),
+        pa.field("type", pa.string()),
+        pa.field("shard", pa.int32()),
+        pa.field("status", pa.int32()),
+        pa.field("body", pa.string()),
+        pa.field("prompt_tokens", pa.int64()),
+        pa.field("completion_tokens", pa.int64()),
+        pa.field("seconds", pa.float32()),
+    ]
+)
+_KEY = re.compile(rf"(?:.*/)?{RESPONSES}/(\d+)-(\d+)-[0-9a-f]+\.parquet")
+
+
+class Response(NamedTuple):
+    """What an endpoint said to one request: HTTP status, body as it came, tokens as it counted them, seconds."""
+
+    digest: str
+    photo: str
+    type: str
+    shard: int
+    status: int
+    body: str
+    prompt_tokens: int
+    completion_tokens: int
+    seconds: float
+
+    @property
+    def tokens(self) -> Tokens:
+        """What was paid for."""
+        return Tokens(self.prompt_tokens, self.completion_tokens)
+
+
+class Stored(NamedTuple):
+    """What an artifact has stored: the digests, and the tokens that they took."""
+
+    digests: set[bytes]
+    tokens: Tokens
+
+
+def stored(folder: Folder) -> Stored:
+    """Digests and tokens of every response in the artifact `folder`."""
+    digests: set[bytes] = set()
+    tokens = Tokens()
+    for key in _keys(folder):
+        for digest, prompt, completion in _columns(
+            folder, key, ("digest", "prompt_tokens", "completion_tokens")
+        ):
+            if (found := bytes.fromhex(digest)) not in digests:
+                digests.add(found)
+                tokens += Tokens(prompt, completion)
+    return Stored(digests, tokens)
+
+
+def responses_of(folder: Folder, shard: int) -> dict[str, Response]:
+    """The responses about one shard's photos, by digest."""
+    found: dict[str, Response] = {}
+    for key in _keys(folder):
+        first, last = map(int, _KEY.fullmatch(key).groups())  # type: ignore[union-attr]
+        if first <= shard <= last:
+            found |= {one.digest: one for one in _read(folder, key) if one.shard == shard}
+    return found
+
+
+def adopt(artifacts: Folder, folder: Folder, missing: Mapping[bytes, int], check: Callable[[], None]) -> int:
+    """Copy into `folder` what other artifacts beside it have stored of `missing` (digest -> shard); how many.
+
+    `check` is called before a file is written and may raise.
+    """
+    wanted = dict(missing)
+    taken: list[Response] = []
+    own = f"{folder.uri}/"
+    for entry in artifacts.list():
+        if _KEY.fullmatch(entry.key) is None or f"{artifacts.uri}/{entry.key}".startswith(own):
+            continue
+        try:
+            for one in _read(artifacts, entry.key):
+                shard = wanted.pop(bytes.fromhex(one.digest), None)
+                if shard is not None:
+                    taken.append(one._replace(shard=shard))
+        except FileNotFoundError:  # folded by its own run meanwhile
+            continue
+    taken.sort(key=lambda one: (one.shard, one.digest))
+    for start in range(0, len(taken), ADOPT):
+        check()
+        _write(folder, taken[start : start + ADOPT])
+    return len(taken)
+
+
+class Writer:
+    """Stores responses as they come, several in one file; use it as `async with`."""
+
+    def __init__(self, folder: Folder, check: Callable[[], None]) -> None:
+        self._folder, self._check = folder, check
+        self._waiting: list[tuple[Response, asyncio.Future[None]]] = []
+        self._come = asyncio.Event()
+        self._small: list[tuple[str, list[Response]]] = []
+        self._task: asyncio.Task[None] | None = None
+
+    async def put(self, response: Response) -> None:
+        """Return when the response is stored, safe from any crash of this process."""
+        done = asyncio.get_running_loop().create_future()
+        self._waiting.append((response, done))
+        self._come.set()
+        await done
+
+    async def __aenter__(self) -> Writer:
+        self._task = asyncio.create_task(self._store_for_ever())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _store_for_ever(self) -> None:
+        while True:
+            await self._come.wait()
+            await asyncio.sleep(GATHER_SECONDS)
+            self._come.clear()
+            batch, self._waiting = self._waiting, []
+            try:
+                await asyncio.to_thread(self._store, [response for response, _ in batch])
+            except Exception as error:
+                for _, done in batch:
+                    if not done.done():
+                        done.set_exception(error)
+            else:
+                for _, done in batch:
+                    if not done.done():
+                        done.set_result(None)
+
+    def _store(self, responses: list[Response]) -> None:
+        self._check()
+        self._small.append((_write(self._folder, responses), responses))
+        if len(self._small) >= FOLD:
+            _write(self._folder, [one for _, part in self._small for one in part])
+            for key, _ in self._small:
+                self._folder.delete(key)
+            self._small = []
+
+
+def _keys(folder: Folder) -> list[str]:
+    return [entry.key for entry in folder.list(f"{RESPONSES}/") if _KEY.fullmatch(entry.key)]
+
+
+def _write(folder: Folder, responses: Sequence[Response]) -> str:
+    columns = dict(zip(Response._fields, zip(*responses, strict=True), strict=True))
+    table = pa.table({name: list(values) for name, values in columns.items()}, schema=SCHEMA)
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd", write_statistics=False)
+    shards: Collection[int] = columns["shard"]
+    key = f"{RESPONSES}/{min(shards):05d}-{max(shards):05d}-{uuid4().hex[:16]}.parquet"
+    folder.write(key, sink.getvalue())
+    return key
+
+
+def _read(folder: Folder, key: str) -> Iterator[Response]:
+    for values in _columns(folder, key, SCHEMA.names):
+        yield Response(*values)
+
+
+def _columns(folder: Folder, key: str, names: Sequence[str]) -> Iterator[tuple]:
+    table = pq.read_table(io.BytesIO(folder.read(key)), columns=list(names))
+    yield from zip(*(table[name].to_pylist() for name in names), strict=True)

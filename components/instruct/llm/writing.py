@@ -1,0 +1,59 @@
+"""Rows of the dataset from judged responses: the same columns as the rules teacher's, one sample a row."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+
+import pyarrow.parquet as pq
+
+from components.instruct.llm.contexts import facts
+from components.instruct.llm.judging import Judge, sample_id
+from components.instruct.llm.responses import Response, responses_of
+from components.instruct.rules import Turn
+from components.instruct.samples import cells, measure, picture_after
+from components.shard_tasks import ShardOutput
+from llava.data.schema import Row, read_rows
+
+Remains = Mapping[str, Sequence[int]]
+
+
+def write_shard(output: ShardOutput, arguments: tuple[Judge, str, int, Remains]) -> None:
+    """Write the samples about a shard's photos. `Remains`: the pairs of a sample that other samples leave room for."""
+    judge, key, number, remains = arguments
+    answered = responses_of(judge.folder, number)
+    system, base = judge.dataset.arrow()
+    with system.open_input_file(f"{base}/{key}") as opened:
+        for row in read_rows(pq.ParquetFile(opened)):
+            written = 0
+            for sample in _samples(row, judge, number, answered, remains):
+                output.write("train", sample)
+                measure(output, "train", sample)
+                written += 1
+            if not row["conversations"] and not facts(row).captions:
+                output.refuse(row["id"], "nothing-to-say", "no caption")
+            output.count(f"samples of a photo/{written}")
+
+
+def _samples(
+    row: Row, judge: Judge, number: int, answered: Mapping[str, Response], remains: Remains
+) -> Iterator[Row]:
+    if row["conversations"]:
+        yield row
+        return
+    settings = judge.settings
+    for request, pairs in judge.rows(row, number, answered):
+        name = sample_id(request)
+        rng = random.Random(f"instruct {settings.seed} {name}")
+        request_for_detail = rng.choice(judge.prompts.requests)
+        turns = [
+            Turn(request.kind, pairs[at].question or request_for_detail, pairs[at].answer)
+            for at in remains.get(name, range(len(pairs)))
+        ]
+        if turns:
+            yield row | {
+                "id": name,
+                "conversations": cells(turns, after=picture_after(settings, rng)),
+                "kinds": [turn.kind for turn in turns],
+                "type": request.kind,
+            }
