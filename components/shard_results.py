@@ -58,6 +58,11 @@ class ShardResult:
         """Rows of one split."""
         return sum(file["rows"] for file in self.files if file["split"] == split)
 
+    @property
+    def samples(self) -> int:
+        """Rows of all splits and what was refused."""
+        return sum(file["rows"] for file in self.files) + len(self.refused)
+
     def refused_by_reason(self) -> dict[str, int]:
         """How many samples were refused, by reason, the most frequent first."""
         return dict(Counter(one["reason"] for one in self.refused).most_common())

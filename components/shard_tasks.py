@@ -27,6 +27,7 @@ from llava.data.schema import SPLITS, DatasetWriter, GroupSize, Row
 from llava.errors import LlavaError
 
 RECORDS = "checkpoints/shards"
+KEPT = "checkpoints/kept"
 RETRIES = 3
 SAY_EVERY_SECONDS = 5.0
 
@@ -48,8 +49,10 @@ class ShardTask:
 class ShardOutput:
     """Where a task's function puts its rows, its refusals and its figures."""
 
-    def __init__(self, folder: Folder, part: int, group: GroupSize, scratch: Path) -> None:
+    def __init__(self, folder: Folder, part: int, group: GroupSize, scratch: Path, kept: Folder) -> None:
         self.result = ShardResult()
+        self.kept = kept
+        """For what is costly to get again after a crash; gone once the shard is finished."""
         self._folder, self._part, self._group, self._scratch = folder, part, group, scratch
         self._writers: dict[str, DatasetWriter] = {}
         self._open = ExitStack()
@@ -135,10 +138,13 @@ def run_shards(
 def _run_here(folder_uri: str, task: ShardTask, group: GroupSize) -> ShardResult:
     folder = open_store(folder_uri)
     with tempfile.TemporaryDirectory(prefix="shard-") as scratch:
-        output = ShardOutput(folder, task.part, group, Path(scratch))
+        output = ShardOutput(
+            folder, task.part, group, Path(scratch), kept := folder.sub(f"{KEPT}/{task.name}")
+        )
         task.work(output, task.arguments)
         result = output.commit()
     folder.write(_record(task.name), result.to_json())
+    kept.delete_all()
     return result
 
 

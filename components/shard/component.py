@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from components.contract.component import Component, Job
 from components.contract.manifest import Artifact
 from components.shard.report import report
 from components.shard.settings import ShardSettings
-from components.shard.sources import SOURCES
+from components.shard.sources import SOURCES, outcomes
 from components.shard.sources.base import Loaded, RefusedSample
 from components.shard_results import Refusals, note_refused
 from components.shard_tasks import ShardOutput, ShardTask, run_shards
+from llava.data.schema import images_of
 from llava.errors import RefusedInput
-
-READ_AHEAD = 4  # photos read at once in a task: hides a store's answer time
 
 
 class Shard(Component):
     """Makes `train/part-*.parquet` and `heldout/part-*.parquet`; see `llava/data/schema.py` for the rows."""
 
     name: ClassVar[str] = "shard"
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     Settings: ClassVar[type[ShardSettings]] = ShardSettings
 
     def check(self, settings: ShardSettings, inputs: dict[str, Artifact]) -> None:
@@ -40,14 +38,15 @@ class Shard(Component):
         listing = SOURCES[settings.source].listing(settings)
         if not len(listing.items):
             raise RefusedInput(f"shard.source={settings.source}: {settings.path} lists no samples")
-        starts = range(0, len(listing.items), settings.rows_per_shard)
-        shards = [listing.items[start : start + settings.rows_per_shard] for start in starts]
         tasks = [
-            ShardTask(f"part-{part:05d}", part, len(items), _write_shard, (settings, listing.place, items))
-            for part, items in enumerate(shards)
+            ShardTask(f"part-{part:05d}", part, samples, _write_shard, (settings, listing.place, items))
+            for part, (items, samples) in enumerate(listing.shards(settings.rows_per_shard))
         ]
-        refusals = Refusals(len(listing.items), settings.max_bad, "shard.max_bad")
+        # Where the number of samples is a guess, their share can be judged at the end only.
+        limit = settings.max_bad if listing.exact else 1.0
+        refusals = Refusals(sum(task.samples for task in tasks), limit, "shard.max_bad")
         result = run_shards(job, tasks, group=settings.group, workers=settings.workers, refusals=refusals)
+        Refusals(result.samples, settings.max_bad, "shard.max_bad").check(result)
         result.counts.update(listing.counts)
         note_refused(job, result)
         report(job, result)
@@ -55,8 +54,7 @@ class Shard(Component):
 
 def _write_shard(output: ShardOutput, arguments: tuple[ShardSettings, Any, Sequence[Any]]) -> None:
     settings, place, items = arguments
-    load = SOURCES[settings.source].load
-    for outcome in _ahead(lambda item: _try(load, settings, place, item), items):
+    for outcome in outcomes(settings, place, items, output.kept):
         if isinstance(outcome, RefusedSample):
             output.refuse(outcome.name, outcome.reason, str(outcome))
         else:
@@ -64,30 +62,16 @@ def _write_shard(output: ShardOutput, arguments: tuple[ShardSettings, Any, Seque
             _measure(output, outcome)
 
 
-def _try(
-    load: Callable[..., Loaded], settings: ShardSettings, place: Any, item: Any
-) -> Loaded | RefusedSample:
-    try:
-        return load(settings, place, item)
-    except RefusedSample as refused:
-        return refused
-
-
-def _ahead(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
-    """`map` in order with a few calls ahead, so that memory holds a few samples only."""
-    with ThreadPoolExecutor(READ_AHEAD) as pool:
-        for start in range(0, len(items), 4 * READ_AHEAD):
-            yield from pool.map(function, items[start : start + 4 * READ_AHEAD])
-
-
 def _measure(output: ShardOutput, loaded: Loaded) -> None:
     row = loaded.row
     for name in loaded.counts:
         output.count(name)
-    if image := row.get("image"):
+    if row.get("image"):
         output.measure("image width, px", row["width"])
         output.measure("image height, px", row["height"])
+    for image in (images := images_of(row)):
         output.measure("image file, bytes", len(image["bytes"]))
+    output.measure("images", len(images))
     for caption in row.get("captions", []):
         output.measure("caption, words", len(caption.split()))
     if turns := row.get("conversations"):

@@ -34,8 +34,12 @@ def report(job: Job, result: ShardResult) -> None:
             "most frequent": dict(list(categories.items())[:CATEGORIES_IN_NOTES]),
             **result.counted("objects"),
         },
-        "left_out": result.counted("boxes-left-out") | _listed_twice(result),
+        "left_out": result.counted("boxes-left-out")
+        | {f"captions: {reason}": count for reason, count in result.counted("captions-left-out").items()}
+        | _listed_twice(result),
     }
+    if resized := result.counts.get("photos/resized"):
+        job.notes["resized"] = resized
     job.run.figure(contact_sheet(sample_rows(job.folder, result, SHEET_COLUMNS * SHEET_ROWS)), "samples.png")
     if categories:
         table: dict[str, list[Any]] = {"category": [*categories], "objects": [*categories.values()]}

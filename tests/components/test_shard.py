@@ -16,10 +16,11 @@ from pydantic import ValidationError
 
 from components import shapes
 from components.contract.manifest import Artifact
+from components.contract.store import open_store
 from components.shard import Shard, ShardSettings
-from components.shard.sources import SOURCES
+from components.shard.sources import SOURCES, outcomes
 from llava.data.images import decode
-from llava.data.schema import DATASET_SCHEMA
+from llava.data.schema import DATASET_SCHEMA, images_of
 from llava.errors import LlavaError, RefusedInput
 
 
@@ -35,6 +36,12 @@ def contents(artifact: Artifact) -> dict[str, str]:
 def jpeg(side: int = 40, **options: Any) -> bytes:
     Image.new("RGB", (side, side), (10, 120, 200)).save(buffer := io.BytesIO(), format="JPEG", **options)
     return buffer.getvalue()
+
+
+def outcomes_of(settings: ShardSettings) -> list[Any]:
+    """What the source gives, without Ray."""
+    listing = SOURCES[settings.source].listing(settings)
+    return list(outcomes(settings, listing.place, listing.items, open_store("/nowhere")))
 
 
 def coco_data(folder: Path, photos: dict[str, bytes | None], boxes: dict[str, list] | None = None) -> Path:
@@ -173,8 +180,7 @@ def test_cocos_own_layout_is_read_and_two_years_beside_each_other_must_be_chosen
     for name in ("captions", "instances"):
         (data / "annotations" / f"{name}.json").rename(data / "annotations" / f"{name}_train2017.json")
     settings = ShardSettings(source="coco", path=str(data))
-    listing = SOURCES["coco"].listing(settings)
-    assert SOURCES["coco"].load(settings, listing.place, listing.items[0]).row["objects"] == []
+    assert outcomes_of(settings)[0].row["objects"] == []
     (data / "annotations" / "captions_val2017.json").write_text("{}")
     with pytest.raises(RefusedInput, match=r"several: .*captions_val2017.*shard\.captions"):
         Shard().check(settings, {})
@@ -218,7 +224,9 @@ def test_too_many_bad_photos_fail_the_run_in_one_line_that_names_them(run_in: An
         (record("x", "<image>\nWhat?", "A cat.", image="../secret.jpg"), "image-path"),
         (record("x", "<image>\nWhat?", "A cat.", image="/etc/passwd"), "image-path"),
         (record("x", "<image>\nWhat?", "A cat.", image=7), "image-path"),
-        (record("x", "<image>\nWhat?", "A cat.", image=["a.jpg", "b.jpg"]), "several-images"),
+        (record("x", "<image>\nWhat?", "A cat.", image=["a.jpg", 7]), "image-path"),
+        (record("x", "<image>\nWhat?", "A cat.", image=["a.jpg", "a.jpg"]), "slots"),
+        (record("x", "<image> or\n<image>?", "Both.", image=["a.jpg", "b.jpg"]), "image-missing"),
         (record("x", "<image>\nWhat?", "A cat.", image="b.jpg"), "image-missing"),
         (record("x", "What?", "A cat."), "slots"),
         (record("x", "<image> and <image>?", "Cats."), "slots"),
@@ -234,10 +242,8 @@ def test_a_record_that_cannot_be_learned_from_has_its_reason(tmp_path: Path, bad
     data = llava_data(tmp_path / "data", [bad])
     (tmp_path / "secret.jpg").write_bytes(jpeg())
     settings = ShardSettings(source="llava", path=str(data))
-    listing = SOURCES["llava"].listing(settings)
-    with pytest.raises(LlavaError) as caught:
-        SOURCES["llava"].load(settings, listing.place, listing.items[0])
-    assert caught.value.reason == reason
+    (refused,) = outcomes_of(settings)
+    assert refused.reason == reason
 
 
 @pytest.mark.parametrize("name", ["mix.json", "mix.jsonl"])
@@ -258,6 +264,31 @@ def test_conversations_keep_their_turns_and_texts_alone_are_let_in(
     assert [(row["image"] is None, row["width"]) for row in rows] == [(False, 40), (False, 40), (True, 0)]
 
 
+def test_a_record_with_several_photos_keeps_all_of_them_in_their_order(tmp_path: Path, run_in: Any) -> None:
+    records = [
+        record("pair", "<image>\nAnd <image>?", "Alike.", "Sure?", "Yes.", image=["a.jpg", "b.jpg"]),
+        record("one", "<image>\nWhat?", "It."),
+        record(
+            "later", "First: <image>", "A.", "Then: <image> <image>", "B.", image=["b.jpg", "a.jpg", "b.jpg"]
+        ),
+    ]
+    data = llava_data(tmp_path / "data", records)
+    (data / "images" / "b.jpg").write_bytes(jpeg(side=70))
+    artifact = run_in(Shard(), ShardSettings(source="llava", path=str(data), heldout=0)).artifact
+    rows = rows_of(artifact)
+    assert [[cell["path"] for cell in images_of(row)] for row in rows] == [
+        ["a.jpg", "b.jpg"], ["a.jpg"], ["b.jpg", "a.jpg", "b.jpg"]
+    ]  # fmt: skip
+    assert [[decode(cell["bytes"]).width for cell in images_of(row)] for row in rows] == [
+        [40, 70],
+        [40],
+        [70, 40, 70],
+    ]
+    assert [row["width"] for row in rows] == [40, 40, 70]
+    assert [row["more_images"] is None for row in rows] == [False, True, False]
+    assert artifact.manifest.notes["figures"]["images"]["most"] == 3
+
+
 def test_all_records_of_a_photo_fall_into_one_split(tmp_path: Path) -> None:
     settings = ShardSettings(source="llava", path=str(tmp_path), heldout=0.5)
     data = llava_data(tmp_path / "data", [])
@@ -270,10 +301,8 @@ def test_all_records_of_a_photo_fall_into_one_split(tmp_path: Path) -> None:
     ]
     write(data / "mix.json", records)
     settings = ShardSettings(source="llava", path=str(data), heldout=0.5)
-    listing = SOURCES["llava"].listing(settings)
     splits: dict[str, set[str]] = {}
-    for item in listing.items:
-        loaded = SOURCES["llava"].load(settings, listing.place, item)
+    for loaded in outcomes_of(settings):
         splits.setdefault(loaded.row["image"]["path"], set()).add(loaded.split)
     assert all(len(found) == 1 for found in splits.values())
     assert set.union(*splits.values()) == {"train", "heldout"}
@@ -291,10 +320,7 @@ def test_more_data_later_moves_no_photo_to_the_other_split(tmp_path: Path) -> No
 
 
 def _splits(settings: ShardSettings) -> dict[str, str]:
-    source = SOURCES[settings.source]
-    listing = source.listing(settings)
-    loaded = [source.load(settings, listing.place, item) for item in listing.items]
-    return {one.row["id"]: one.split for one in loaded}
+    return {one.row["id"]: one.split for one in outcomes_of(settings)}
 
 
 @pytest.mark.parametrize(
@@ -302,7 +328,7 @@ def _splits(settings: ShardSettings) -> dict[str, str]:
     [
         ({"source": "coco"}, "source=coco needs path"),
         ({"source": "shapes", "path": "x"}, "path is for source=coco"),
-        ({"source": "flickr"}, "'shapes', 'coco' or 'llava'"),
+        ({"source": "flickr"}, "'shapes', 'coco', 'llava', "),
         ({"source": "coco", "path": "x", "captions": "../c.json"}, "must be a relative path inside path"),
         ({"min_pixels": 10, "max_pixels": 5}, "nothing fits"),
     ],
@@ -329,8 +355,6 @@ def test_a_data_folder_that_is_missing_or_no_coco_is_refused_before_work(tmp_pat
 
 
 def test_source_and_root_may_both_be_s3(ray_local: str, s3_root: str, run_in: Any, tmp_path: Path) -> None:
-    from components.contract.store import open_store
-
     data = coco_data(tmp_path / "data", {"a": jpeg(), "b": jpeg(), "c": None})
     store = open_store(f"{s3_root}/data")
     for path in data.rglob("*.*"):

@@ -1,10 +1,25 @@
 """The table of sources: one line each."""
 
-from components.shard.sources import coco, llava, shapes
-from components.shard.sources.base import Source
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from components.contract.store import Store
+from components.shard.settings import ShardSettings
+from components.shard.sources import cc3m, coco, llava, parquet, shapes, webdataset
+from components.shard.sources.base import Outcome, Source
+from components.shard.sources.texts import checked
 
 SOURCES: dict[str, Source] = {
     "shapes": shapes.SOURCE,
     "coco": coco.SOURCE,
     "llava": llava.SOURCE,
+    "cc3m": cc3m.SOURCE,
+    "webdataset": webdataset.SOURCE,
+    "parquet": parquet.SOURCE,
 }
+
+
+def outcomes(settings: ShardSettings, place: Any, items: Sequence[Any], kept: Store) -> Iterator[Outcome]:
+    """One outcome for each sample of the items: a row whose texts can be kept, or why there is none."""
+    for outcome in SOURCES[settings.source].rows(settings, place, items, kept):
+        yield checked(settings, outcome)

@@ -1,40 +1,68 @@
-"""What a source is: it lists its samples cheaply here, and loads one of them wherever a task runs."""
+"""What a source is: it lists its samples cheaply on the driver, and gives their rows wherever a task runs."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 from components.contract.digest import fingerprint
-from components.contract.store import Store, check_key, open_store
+from components.contract.store import Store, open_store
 from components.shard.settings import ShardSettings
-from llava.data.images import BadImage, Size, decode, read_size
-from llava.data.schema import ImageCell, Row
+from llava.data.schema import Row
 from llava.errors import LlavaError, RefusedInput
+
+READ_AHEAD = 4  # photos read at once in a task: hides a store's answer time
+_LONGEST_NAME = 200
 
 
 class RefusedSample(LlavaError):
-    """A sample that is left out: its `name`, a short `reason` to count by, and the text for people."""
+    """A sample that is left out: its `name`, a short `reason` to count by, and the text for people.
+
+    Name and text are shortened and made printable: both may come from hostile data.
+    """
 
     def __init__(self, name: str, reason: str, text: str) -> None:
-        super().__init__(text)
-        self.name, self.reason = name, reason
+        super().__init__(_printable(text, 2 * _LONGEST_NAME))
+        self.name, self.reason = _printable(name, _LONGEST_NAME), reason
 
 
 @dataclass
 class Listing:
-    """The samples of a source in a fixed order, without their pixels; what `Source.load` takes, one by one.
+    """The samples of a source in a fixed order, without their pixels; slices of `items` go to the tasks.
 
-    `counts` tells what the list itself left out (boxes of crowds, say), `place` what all samples share.
+    `items` may be a lazy sequence (see `pieces.py`). `place`: what all samples share. `counts`: what the list
+    itself left out (boxes of crowds, say). `sizes`: how many samples each item holds, where an item is a file or
+    a part of one; None: one each. `exact`: False where `sizes` is an estimate.
     """
 
     items: Sequence[Any]
     place: Any = None
     counts: dict[str, int] = field(default_factory=dict)
+    sizes: Sequence[int] | None = None
+    exact: bool = True
+
+    def shards(self, rows: int) -> Iterator[tuple[Sequence[Any], int]]:
+        """The items cut into runs of at most `rows` samples, each with its number of samples.
+
+        An item that alone holds more is a shard of its own.
+        """
+        if self.sizes is None:
+            for start in range(0, len(self.items), rows):
+                piece = self.items[start : start + rows]
+                yield piece, len(piece)
+            return
+        start = held = 0
+        for number, size in enumerate(self.sizes):
+            if number > start and held + size > rows:
+                yield self.items[start:number], held
+                start, held = number, 0
+            held += size
+        if start < len(self.items):
+            yield self.items[start:], held
 
 
 class Loaded(NamedTuple):
@@ -45,25 +73,51 @@ class Loaded(NamedTuple):
     counts: tuple[str, ...] = ()
 
 
+Outcome = Loaded | RefusedSample
+Load = Callable[[ShardSettings, Any, Any], Loaded]
+
+
 @dataclass(frozen=True)
 class Source:
     """Four functions.
 
     `external` gives fingerprints; `check` raises RefusedInput, cheaply, where the data's files are not found;
-    `listing` lists the samples; `load(settings, place, item)` loads one or raises RefusedSample.
+    `listing` lists the samples; `rows(settings, place, items, kept)` gives one outcome for each sample of the
+    items, in their order. `kept` is a store that outlives a crash of the task, for what is costly to fetch again.
     """
 
     external: Callable[[ShardSettings], dict[str, str]]
     check: Callable[[ShardSettings], Any]
     listing: Callable[[ShardSettings], Listing]
-    load: Callable[[ShardSettings, Any, Any], Loaded]
+    rows: Callable[[ShardSettings, Any, Sequence[Any], Store], Iterator[Outcome]]
 
 
-class Place(NamedTuple):
-    """Where the photos lie: the data folder, and the prefix of the keys inside it."""
+def each(load: Load) -> Callable[[ShardSettings, Any, Sequence[Any], Store], Iterator[Outcome]]:
+    """The `rows` of a source whose items are its samples: `load` gives one or raises RefusedSample."""
 
-    store: Store
-    folder: str
+    def rows(settings: ShardSettings, place: Any, items: Sequence[Any], kept: Store) -> Iterator[Outcome]:
+        return ahead(lambda item: load(settings, place, item), items)
+
+    return rows
+
+
+def ahead(load: Callable[[Any], Loaded], items: Iterable[Any]) -> Iterator[Outcome]:
+    """`map` in order with a few calls ahead, so that memory holds a few samples only."""
+
+    def outcome(item: Any) -> Outcome:
+        try:
+            return load(item)
+        except RefusedSample as refused:
+            return refused
+
+    waiting: deque[Future[Outcome]] = deque()
+    with ThreadPoolExecutor(READ_AHEAD) as pool:
+        for item in items:
+            waiting.append(pool.submit(outcome, item))
+            if len(waiting) > 2 * READ_AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def open_data(settings: ShardSettings) -> Store:
@@ -81,60 +135,38 @@ def files_of(settings: ShardSettings) -> dict[str, str]:
     return {settings.source: fingerprint(open_data(settings).uri)}
 
 
-def read_json(store: Store, key: str) -> Any:
-    """A JSON file of the data folder; .jsonl is a list with one value a line. Raises RefusedInput."""
-    try:
-        data = store.read(key)
-        if key.endswith(".jsonl"):
-            return [json.loads(line) for line in data.splitlines() if line.strip()]
-        return json.loads(data)
-    except FileNotFoundError:
-        raise RefusedInput(f"{store.uri}/{key} does not exist") from None
-    except ValueError as error:
-        raise RefusedInput(f"{store.uri}/{key} is not valid JSON: {error}") from None
-
-
-def image_folder(store: Store, settings: ShardSettings, *also: str) -> str:
-    """The photos' folder as a prefix of keys: the setting, or the first that exists of images/ and `also`."""
-    if settings.images is not None:
-        return settings.images.rstrip("/") + "/"
-    for folder in ("images/", *(f"{name}/" for name in also)):
-        if next(store.list(folder), None) is not None:
-            return folder
-    return ""
-
-
-def read_photo(settings: ShardSettings, place: Place, name: str, path: str) -> tuple[ImageCell, Size]:
-    """The photo `path` of sample `name`: its bytes as they are, and its size; decoded, to prove it whole."""
-    try:
-        key = check_key(place.folder + path)
-    except RefusedInput:
-        text = f"image path {path!r} is not a relative path inside the data folder"
-        raise RefusedSample(name, "image-path", text) from None
-    try:
-        found = place.store.stat(key)
-        if found is None:
-            raise FileNotFoundError
-        if found.size > settings.max_image_bytes:
-            text = f"{key} has {found.size:,} bytes; limit {settings.max_image_bytes:,}"
-            raise RefusedSample(name, "too-many-bytes", text)
-        data = place.store.read(key)
-    except FileNotFoundError:
-        raise RefusedSample(name, "image-missing", f"{place.store.uri}/{key} does not exist") from None
-    try:
-        size = read_size(data, settings.limits)
-        decode(data, settings.limits)
-    except BadImage as error:
-        raise RefusedSample(name, error.reason, f"{key}: {error}") from None
-    return {"bytes": data, "path": PurePosixPath(path).name}, size
+def one_file(store: Store, setting: str, named: str | None, *suffixes: str) -> str:
+    """The file that the setting names, or the only one with such a suffix at the top of the data folder."""
+    if named is None:
+        keys = [entry.key for entry in store.list() if "/" not in entry.key and entry.key.endswith(suffixes)]
+        if len(keys) != 1:
+            found = f"it holds several: {', '.join(keys)}" if keys else "it holds none"
+            raise RefusedInput(
+                f"shard.path={store.uri}: which {setting} file? {found}; name it in shard.{setting}"
+            )
+        return keys[0]
+    if store.stat(named) is None:
+        raise RefusedInput(f"shard.{setting}={named}: {store.uri}/{named} does not exist")
+    return named
 
 
 def split_by_hash(settings: ShardSettings, name: str) -> str:
     """The split of a photo, from its name and the seed alone: more data later never moves it."""
-    digest = hashlib.sha256(f"{settings.seed}:{name}".encode()).digest()
+    digest = hashlib.sha256(f"{settings.seed}:{name}".encode(errors="surrogatepass")).digest()
     return "heldout" if int.from_bytes(digest[:8], "big") / 2**64 < settings.heldout else "train"
+
+
+def split_by_bytes(settings: ShardSettings, data: bytes) -> str:
+    """The split of a photo whose name says nothing: from its bytes and the seed."""
+    return split_by_hash(settings, hashlib.sha256(data).hexdigest())
 
 
 def plain(text: str) -> str:
     """The text on one line, with single spaces."""
     return " ".join(text.split())
+
+
+def _printable(text: str, most: int) -> str:
+    shown = text[: most + 1].encode("utf-8", "replace").decode()
+    shown = "".join(one if one.isprintable() else "\N{REPLACEMENT CHARACTER}" for one in shown)
+    return shown[:most] + "…" if len(shown) > most else shown

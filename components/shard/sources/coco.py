@@ -2,6 +2,8 @@
 
 Read in COCO's own layout (`annotations/captions_train2017.json`, `annotations/instances_train2017.json`,
 `train2017/`) or with plain names (`annotations/captions.json`, `annotations/instances.json`, `images/`).
+The photos lie in a folder, in a .zip or .tar (read in place) or under an S3 prefix. Both JSON files are read as
+streams: what segmentations they hold is dropped on the way.
 A photo that the boxes file does not list has unknown boxes; one that it lists without boxes has none.
 """
 
@@ -19,17 +21,15 @@ from components.shard.settings import ShardSettings
 from components.shard.sources.base import (
     Listing,
     Loaded,
-    Place,
     RefusedSample,
     Source,
-    files_of,
-    image_folder,
+    each,
     open_data,
     plain,
-    read_json,
-    read_photo,
     split_by_hash,
 )
+from components.shard.sources.json_stream import JsonStream
+from components.shard.sources.photos import Photos, external_with_roots, find_photos, read_photo, resized
 from llava.data.schema import ObjectCell, Row
 from llava.errors import RefusedInput
 
@@ -89,20 +89,23 @@ def listing(settings: ShardSettings) -> Listing:
     if len(listed) < len(photos):
         counts["photos-listed-twice"] = len(photos) - len(listed)
     suffix = PurePosixPath(captions).stem.removeprefix("captions").lstrip("_")
-    folder = image_folder(store, settings, *([suffix] if suffix else []))
-    return Listing([listed[name] for name in sorted(listed)], Place(store, folder), dict(counts))
+    places = find_photos(settings, *([suffix] if suffix else []))
+    return Listing([listed[name] for name in sorted(listed)], places, dict(counts))
 
 
-def load(settings: ShardSettings, place: Place, photo: Photo) -> Loaded:
+def load(settings: ShardSettings, photos: Photos, photo: Photo) -> Loaded:
     """Read the photo and give its row; one without a caption has nothing to learn from."""
     if not photo.captions:
         raise RefusedSample(photo.name, "no-caption", f"{photo.file} has no caption")
-    image, size = read_photo(settings, place, photo.name, photo.file)
+    admitted = read_photo(settings, photos, photo.name, photo.file)
+    image, size, scale = admitted
     # Boxes were drawn on the pixels as stored, or on the upright picture: for a turned photo nobody can tell.
     turned = photo.objects is not None and size.orientation != 1
     objects: list[ObjectCell] | None = None
     if photo.objects is not None and not turned:
-        objects = [{"category": category, "bbox": list(box)} for category, box in photo.objects]
+        objects = [
+            {"category": category, "bbox": [side * scale for side in box]} for category, box in photo.objects
+        ]
     row: Row = {
         "id": photo.name,
         "image": image,
@@ -112,54 +115,62 @@ def load(settings: ShardSettings, place: Place, photo: Photo) -> Loaded:
         "objects": objects,
     }
     split = split_by_hash(settings, photo.name)
-    return Loaded(split, row, ("boxes-left-out/photos-turned-by-exif",) if turned else ())
+    counts = ("boxes-left-out/photos-turned-by-exif",) if turned else ()
+    return Loaded(split, row, (*counts, *resized(admitted)))
 
 
 def _photos(store: Store, key: str, boxes: Mapping[int, tuple[Box, ...]]) -> list[Photo]:
+    captions: dict[int, list[str]] = defaultdict(list)
+    files: list[tuple[str, int]] = []
     with _entries_of(store, key):
-        table = _coco(store, key, "images", "annotations")
-        captions: dict[int, list[str]] = defaultdict(list)
-        for note in table["annotations"]:
-            if text := plain(note["caption"]):
-                captions[note["image_id"]].append(text)
+        for what, entry in _entries(store, key, "images", "annotations"):
+            if what == "images":
+                files.append((str(PurePosixPath(entry["file_name"])), entry["id"]))
+            elif text := plain(entry["caption"]):
+                captions[entry["image_id"]].append(text)
         return [
-            Photo(
-                str(PurePosixPath(image["file_name"]).with_suffix("")),
-                image["file_name"],
-                tuple(captions[image["id"]]),
-                boxes.get(image["id"]),
-            )
-            for image in table["images"]
+            Photo(str(PurePosixPath(file).with_suffix("")), file, tuple(captions[image]), boxes.get(image))
+            for file, image in files
         ]
 
 
 def _boxes(store: Store, key: str, counts: Counter[str]) -> Mapping[int, tuple[Box, ...]]:
     """Boxes of every photo that the file lists; what is no single object is left out and counted."""
+    categories: dict[int, str] = {}
+    boxes: dict[int, list[Box]] = {}
+    single: list[tuple[int, int, tuple[float, ...]]] = []
     with _entries_of(store, key):
-        table = _coco(store, key, "images", "annotations", "categories")
-        categories = {category["id"]: category["name"] for category in table["categories"]}
-        boxes: dict[int, list[Box]] = {image["id"]: [] for image in table["images"]}
-        for note in table["annotations"]:
-            box = tuple(float(side) for side in note["bbox"])
-            if note.get("iscrowd"):
+        for what, entry in _entries(store, key, "images", "annotations", "categories"):
+            if what == "images":
+                boxes[entry["id"]] = []
+            elif what == "categories":
+                categories[entry["id"]] = entry["name"]
+            elif entry.get("iscrowd"):
                 counts["boxes-left-out/crowd"] += 1
-            elif len(box) != 4 or not all(map(math.isfinite, box)) or box[2] <= 0 or box[3] <= 0:
+            else:
+                box = tuple(float(side) for side in entry["bbox"])
+                single.append((entry["image_id"], entry["category_id"], box))
+        for image, category, box in single:
+            if len(box) != 4 or not all(map(math.isfinite, box)) or box[2] <= 0 or box[3] <= 0:
                 counts["boxes-left-out/no-area"] += 1
-            elif note["category_id"] not in categories or note["image_id"] not in boxes:
+            elif category not in categories or image not in boxes:
                 counts["boxes-left-out/unknown-category-or-image"] += 1
             else:
-                boxes[note["image_id"]].append((categories[note["category_id"]], box))
+                boxes[image].append((categories[category], box))
     return {image: tuple(found) for image, found in boxes.items()}
 
 
-def _coco(store: Store, key: str, *lists: str) -> dict[str, Any]:
-    table = read_json(store, key)
-    missing = [name for name in lists if not isinstance(table, dict) or not isinstance(table.get(name), list)]
+def _entries(store: Store, key: str, *lists: str) -> Iterator[tuple[str, Any]]:
+    """(list, entry) of the lists, in the order of the file; RefusedInput where one is missing."""
+    stream = JsonStream(store, key)
+    for element in stream:
+        if element.key in lists:
+            yield element.key, element.value
+    missing = [name for name in lists if name not in stream.lists]
     if missing:
         raise RefusedInput(
             f"{store.uri}/{key} is no COCO file: it has no list {' and no list '.join(missing)}"
         )
-    return table
 
 
 @contextmanager
@@ -172,4 +183,4 @@ def _entries_of(store: Store, key: str) -> Iterator[None]:
         raise RefusedInput(f"{store.uri}/{key} is no COCO file: {what}") from error
 
 
-SOURCE = Source(files_of, locate, listing, load)
+SOURCE = Source(external_with_roots, locate, listing, each(load))

@@ -1,28 +1,34 @@
 """Source `llava`: the ecosystem's list of {"id", "image", "conversations"}, as JSON or one record a line.
 
-A record has one photo or none. Turns alternate, a human first and an answer last. A record with a photo holds
-one `<image>` in its first human turn, which is the picture's place; `<image>` anywhere else is ordinary text.
+The file may be of any size: it is read once as a stream, which notes where each record lies, and the tasks read
+their own records. Records that share their first photo stand together, so that a file stores it once.
+
+"image" names one photo, a list of them, or is left out. Turns alternate, a human first and an answer last. A
+record with one photo holds one `<image>` in its first human turn, which is the picture's place; `<image>`
+anywhere else is ordinary text. With several photos the human turns hold exactly as many `<image>`, in their order.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from components.contract.store import Store
 from components.shard.settings import ShardSettings
 from components.shard.sources.base import (
     Listing,
     Loaded,
-    Place,
     RefusedSample,
     Source,
-    files_of,
-    image_folder,
+    each,
+    one_file,
     open_data,
-    read_json,
-    read_photo,
     split_by_hash,
 )
+from components.shard.sources.json_stream import JsonStream, parse
+from components.shard.sources.photos import Photos, external_with_roots, find_photos, read_photo, resized
+from components.shard.sources.pieces import File, Pieces, lines
 from llava.data.schema import Row, TurnCell
 from llava.errors import RefusedInput
 
@@ -31,67 +37,43 @@ ROLES = ("human", "gpt")
 
 
 def listing(settings: ShardSettings) -> Listing:
-    """The records in the order of the file, each with its number."""
-    store, key = locate(settings)
-    records = read_json(store, key)
-    if not isinstance(records, list):
-        raise RefusedInput(f"{store.uri}/{key} is no list of conversations")
-    return Listing(list(enumerate(records)), Place(store, image_folder(store, settings)))
+    """The records, each with its number; in the order of the file, but those of one photo behind its first."""
+    file = File.at(*locate(settings))
+    records, images = _json_lines(file) if file.key.endswith(".jsonl") else _json_list(file)
+    return Listing(_together(records, images), find_photos(settings))
 
 
 def locate(settings: ShardSettings) -> tuple[Store, str]:
     """The data folder and the conversations file in it; RefusedInput where there is none, or several."""
     store = open_data(settings)
-    key = settings.conversations
-    if key is None:
-        suffixes = (".json", ".jsonl")
-        keys = [e.key for e in store.list() if "/" not in e.key and e.key.endswith(suffixes)]
-        if len(keys) != 1:
-            found = f"it holds several: {', '.join(keys)}" if keys else "it holds none"
-            raise RefusedInput(
-                f"shard.path={settings.path}: which conversations file? {found}; name it in shard.conversations"
-            )
-        key = keys[0]
-    if store.stat(key) is None:
-        raise RefusedInput(f"shard.conversations={key}: {store.uri}/{key} does not exist")
-    return store, key
+    return store, one_file(store, "conversations", settings.conversations, ".json", ".jsonl")
 
 
-def load(settings: ShardSettings, place: Place, item: tuple[int, Any]) -> Loaded:
-    """Check the record, read its photo and give its row. All records of one photo fall into one split."""
-    number, record = item
+def load(settings: ShardSettings, photos: Photos, item: tuple[int, bytes]) -> Loaded:
+    """Check the record, read its photos and give its row. All records of one (first) photo fall into one split."""
+    number, data = item
+    try:
+        record = parse(data)
+    except ValueError as error:
+        raise RefusedSample(f"record {number}", "no-json", f"the entry is not valid JSON: {error}") from None
     if not isinstance(record, dict):
         raise RefusedSample(f"record {number}", "no-record", "the entry is no JSON object")
-    name = str(record.get("id", f"record {number}"))
-    path = _image_path(name, record.get("image"))
-    turns = _turns(name, record.get("conversations"))
-    slots = turns[0]["value"].count(SLOT)
-    if path is None and slots:
-        raise RefusedSample(
-            name, "slot-without-image", f"the first turn has {SLOT}, the record names no image"
-        )
-    if path is not None and slots != 1:
-        raise RefusedSample(name, "slots", f"the first turn must have one {SLOT}, it has {slots}")
+    name = f"record {number}" if record.get("id") is None else str(record["id"])
+    paths = _image_paths(name, record.get("image"))
+    turns = turns_of(name, record.get("conversations"))
+    check_slots(name, turns, len(paths))
     row: Row = {"id": name, "conversations": turns}
-    if path is not None:
-        image, size = read_photo(settings, place, name, path)
-        row |= {"image": image, "width": size.width, "height": size.height}
-    return Loaded(split_by_hash(settings, path or name), row)
+    admitted = [read_photo(settings, photos, name, path) for path in paths]
+    if admitted:
+        first, *more = admitted
+        row |= {"image": first.image, "width": first.size.width, "height": first.size.height}
+        if more:
+            row["more_images"] = [another.image for another in more]
+    return Loaded(split_by_hash(settings, paths[0] if paths else name), row, resized(*admitted))
 
 
-def _image_path(name: str, value: Any) -> str | None:
-    if isinstance(value, list):
-        if len(value) > 1:
-            raise RefusedSample(
-                name, "several-images", f"the record names {len(value)} images; one is supported"
-            )
-        value = value[0] if value else None
-    if value is not None and not isinstance(value, str):
-        raise RefusedSample(name, "image-path", f"image must be a path, not {type(value).__name__}")
-    return value
-
-
-def _turns(name: str, value: Any) -> list[TurnCell]:
+def turns_of(name: str, value: Any) -> list[TurnCell]:
+    """A list of {"from", "value"} with alternating roles, an answer last; RefusedSample."""
     if not isinstance(value, list) or not value:
         raise RefusedSample(name, "no-turns", "the record has no list of conversations")
     turns: list[TurnCell] = []
@@ -107,4 +89,69 @@ def _turns(name: str, value: Any) -> list[TurnCell]:
     return turns
 
 
-SOURCE = Source(files_of, locate, listing, load)
+def check_slots(name: str, turns: list[TurnCell], images: int) -> None:
+    """RefusedSample unless the human turns hold one `<image>` per picture, where they must."""
+    first = turns[0]["value"].count(SLOT)
+    if not images and first:
+        raise RefusedSample(
+            name, "slot-without-image", f"the first turn has {SLOT}, the record names no image"
+        )
+    if images == 1 and first != 1:
+        raise RefusedSample(name, "slots", f"the first turn must have one {SLOT}, it has {first}")
+    everywhere = sum(turn["value"].count(SLOT) for turn in turns if turn["from"] == "human")
+    if images > 1 and everywhere != images:
+        text = f"the record names {images} images, its human turns have {everywhere} {SLOT}"
+        raise RefusedSample(name, "slots", text)
+
+
+def _image_paths(name: str, value: Any) -> list[str]:
+    paths = value if isinstance(value, list) else [] if value is None else [value]
+    for path in paths:
+        if not isinstance(path, str):
+            raise RefusedSample(name, "image-path", f"image must be a path, not {type(path).__name__}")
+    return paths
+
+
+def _first_image(record: Any) -> str | None:
+    """What the record names as its first picture; nothing is checked yet."""
+    if isinstance(record, bytes):
+        try:
+            record = parse(record)
+        except ValueError:
+            return None
+    value = record.get("image") if isinstance(record, dict) else None
+    if isinstance(value, list) and value:
+        value = value[0]
+    return value if isinstance(value, str) else None
+
+
+def _json_lines(file: File) -> tuple[Pieces, list[str | None]]:
+    records = lines(file)
+    return records, [_first_image(data) for _, data in records]
+
+
+def _json_list(file: File) -> tuple[Pieces, list[str | None]]:
+    stream = JsonStream(file.store, file.key)
+    places, images = [], []
+    for element, value, start, size in stream:
+        if element == "":
+            places.append((start, size))
+            images.append(_first_image(value))
+    if "" not in stream.lists:
+        raise RefusedInput(f"{file} is no list of conversations")
+    starts, sizes = np.array(places, np.int64).reshape(-1, 2).T
+    return Pieces(file, np.arange(len(places)), starts, sizes), images
+
+
+def _together(records: Pieces, images: list[str | None]) -> Pieces:
+    """The records with those of one picture behind its first."""
+    firsts: dict[int, int] = {}
+    order = np.arange(len(records))
+    for number, image in enumerate(images):
+        if image is not None:
+            order[number] = firsts.setdefault(hash(image), number)
+    chosen = np.argsort(order, kind="stable")
+    return Pieces(records.file, records.numbers[chosen], records.starts[chosen], records.sizes[chosen])
+
+
+SOURCE = Source(external_with_roots, locate, listing, each(load))

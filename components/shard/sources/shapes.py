@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from components import shapes
 from components.shard.settings import ShardSettings
-from components.shard.sources.base import Listing, Loaded, Source
+from components.shard.sources.base import Listing, Loaded, Source, each
 from llava.data.schema import Row
 
 
@@ -36,4 +36,4 @@ def check(settings: ShardSettings) -> None:
     """Nothing can be missing."""
 
 
-SOURCE = Source(external, check, listing, load)
+SOURCE = Source(external, check, listing, each(load))

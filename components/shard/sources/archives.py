@@ -1,0 +1,212 @@
+"""Photos inside one .zip or .tar, read in place: the driver reads the table of contents, the tasks single members.
+
+A zip has its table at the end: two ranged reads, wherever it lies. A tar has none: it is walked once, which on S3
+means to stream it. What stands in an archive is not trusted: links, encrypted members, unknown compression and
+members over the limit are refused before a byte of them is unpacked; one that unpacks to another size or another
+checksum than the table says is broken.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import IO, Any, NamedTuple, cast
+
+import numpy as np
+
+from components.shard.sources.pieces import File, read_at
+from llava.data.images import BadImage
+from llava.errors import RefusedInput
+
+SUFFIXES = (".zip", ".tar")
+_LONGEST_HEADER = 2**20  # bytes that a tar's own long names may take
+_STORED, _DEFLATED, _LINK, _OTHER = range(4)
+_MEMBER = np.dtype(
+    [("name", "u8"), ("start", "i8"), ("packed", "i8"), ("size", "i8"), ("crc", "u4"), ("kind", "u1")]
+)
+_ZIP_HEADER = 30
+
+
+class Member(NamedTuple):
+    """What the table says of one file; `packed`, `size`: bytes before and after unpacking."""
+
+    name: str
+    start: int
+    packed: int
+    size: int
+    crc: int
+    kind: int
+
+
+class Archive:
+    """A table of contents as one array, so that it can travel with every task: 37 bytes a member."""
+
+    def __init__(self, file: File) -> None:
+        """Read the table. RefusedInput where the file is damaged or compressed as a whole."""
+        self.file = file
+        self._zipped = file.key.endswith(".zip")
+        try:
+            members = list(_zip_members(file) if self._zipped else _tar_members(file))
+        except (zipfile.BadZipFile, tarfile.TarError, NotImplementedError, EOFError) as error:
+            raise RefusedInput(
+                f"{file}: no {file.key[-3:]} archive that can be read in place: {error}"
+            ) from None
+        # Of a name that stands there twice the last counts, as unpacking would have it.
+        members = list({member.name: member for member in members}.values())
+        table = np.array([(_hash(one.name), *one[1:]) for one in members], _MEMBER)
+        self._table = table[np.argsort(table["name"])]
+        names = self._table["name"]
+        if (names[1:] == names[:-1]).any():
+            raise RefusedInput(f"{file}: two names with one hash; unpack the archive")
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def read(self, path: str, longest: int) -> bytes | None:
+        """The member `path`, or the one below a folder of the archive's own name; None if there is none.
+
+        Raises BadImage for one that is refused.
+        """
+        found = self._find(path)
+        if found is None:
+            found = self._find(f"{PurePosixPath(self.file.key).stem}/{path}")
+        if found is None:
+            return None
+        start, packed, size, crc, kind = found
+        if kind == _LINK:
+            raise BadImage("link", f"{self.file}: {path} is a link")
+        if kind == _OTHER:
+            raise BadImage("archive-member", f"{self.file}: {path} is encrypted or packed in an unknown way")
+        if size > longest:
+            raise BadImage(
+                "too-many-bytes", f"{self.file}: {path} would unpack to {size:,} bytes; limit {longest:,}"
+            )
+        data = self._zip_data(start, packed) if self._zipped else read_at(self.file, start, packed)
+        if kind == _DEFLATED:
+            data = self._inflated(data, path, size)
+        if self._zipped and (len(data) != size or zlib.crc32(data) != crc):
+            raise BadImage("broken", f"{self.file}: {path} is not what the archive's table says")
+        return data
+
+    def _find(self, path: str) -> tuple[int, int, int, int, int] | None:
+        name = _hash(path)
+        at = int(np.searchsorted(self._table["name"], np.uint64(name)))
+        if at == len(self._table) or int(self._table["name"][at]) != name:
+            return None
+        return cast(tuple[int, int, int, int, int], self._table[at].tolist()[1:])
+
+    def _zip_data(self, start: int, packed: int) -> bytes:
+        # The member's own header repeats the name, with an extra field of a length that only it tells.
+        usual = min(_ZIP_HEADER + 512 + packed, self.file.size - start)
+        data = read_at(self.file, start, usual)
+        skip = _ZIP_HEADER + int.from_bytes(data[26:28], "little") + int.from_bytes(data[28:30], "little")
+        missing = min(skip + packed, self.file.size - start) - len(data)
+        if missing > 0:
+            data += read_at(self.file, start + len(data), missing)
+        return data[skip : skip + packed]
+
+    def _inflated(self, data: bytes, path: str, size: int) -> bytes:
+        try:
+            return zlib.decompressobj(-15).decompress(data, size + 1)
+        except zlib.error as error:
+            raise BadImage("broken", f"{self.file}: {path} does not unpack: {error}") from None
+
+
+class CarefulTarInfo(tarfile.TarInfo):
+    """A header that raises ReadError where the standard one would end the archive in silence or take all memory."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> CarefulTarInfo:
+        """One header of 512 bytes."""
+        try:
+            info = super().frombuf(buf, encoding, errors)
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:  # type: ignore[attr-defined]
+            raise tarfile.ReadError(f"damaged: {error}") from None
+        if info.type in _TAR_EXTENSIONS and info.size > _LONGEST_HEADER:
+            raise tarfile.ReadError(f"damaged: a name of {info.size:,} bytes")
+        return info
+
+
+_TAR_EXTENSIONS = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
+
+
+class Stream(io.RawIOBase):
+    """A file of any store as something to read from front to back."""
+
+    def __init__(self, file: File) -> None:
+        self._chunks = file.store.chunks(file.key)
+        self._rest = b""
+        self.taken = 0
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer with what is there; 0 at the end."""
+        if not self._rest:
+            self._rest = next(self._chunks, b"")
+        count = min(len(buffer), len(self._rest))
+        buffer[:count] = self._rest[:count]
+        self._rest = self._rest[count:]
+        self.taken += count
+        return count
+
+
+def _hash(name: str) -> int:
+    data = name.encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def _zip_members(file: File) -> Iterator[Member]:
+    with _seekable(file) as opened, zipfile.ZipFile(opened) as archive:
+        for info in archive.infolist():
+            if info.is_dir():
+                continue
+            kind = {zipfile.ZIP_STORED: _STORED, zipfile.ZIP_DEFLATED: _DEFLATED}.get(
+                info.compress_type, _OTHER
+            )
+            if info.flag_bits & 0x41:
+                kind = _OTHER
+            if info.external_attr >> 28 == 0o12:
+                kind = _LINK
+            yield Member(
+                info.filename, info.header_offset, info.compress_size, info.file_size, info.CRC, kind
+            )
+
+
+def _tar_members(file: File) -> Iterator[Member]:
+    local = file.store.local_path is not None
+    with _seekable(file) if local else io.BufferedReader(Stream(file), 2**20) as opened:
+        for info in members_of(opened, "r:" if local else "r|"):
+            if info.isdir():
+                continue
+            kind = _STORED if info.isreg() and not info.issparse() else _LINK
+            name = info.name.removeprefix("./")
+            yield Member(name, info.offset_data, info.size, info.size, 0, kind)
+
+
+def members_of(opened: IO[bytes], mode: Any) -> Iterator[tarfile.TarInfo]:
+    """The headers of a tar one by one, without a list of them in memory. Raises tarfile.TarError."""
+    with tarfile.open(fileobj=opened, mode=mode, tarinfo=CarefulTarInfo) as archive:
+        while (info := archive.next()) is not None:
+            yield info
+            archive.members.clear()  # type: ignore[attr-defined]
+
+
+def _seekable(file: File) -> IO[bytes]:
+    if (here := file.store.local_path) is not None:
+        return (here / file.key).open("rb")
+    system, base = file.store.arrow()
+    return cast(IO[bytes], system.open_input_file(f"{base}/{file.key}"))

@@ -1,0 +1,288 @@
+"""Source `parquet`: Hugging Face datasets, or any Parquet files with pictures in a column.
+
+| column | may be |
+|---|---|
+| `shard.image_columns` | `Image` (bytes and path), plain bytes, or a list of either; several pictures a row |
+| `shard.texts` | a text: a caption; a list of texts: captions; a list of {from, value}: the conversation |
+| `shard.id_column` | a text or a whole number |
+
+A picture must be inside the file: a path without bytes is refused, and never opened. The driver reads the footers
+only; a task takes row groups and reads them a few rows at a time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from components.contract.store import Store
+from components.shard.settings import ShardSettings
+from components.shard.sources.base import (
+    Listing,
+    Loaded,
+    Outcome,
+    RefusedSample,
+    Source,
+    ahead,
+    files_of,
+    open_data,
+    plain,
+    split_by_bytes,
+    split_by_hash,
+)
+from components.shard.sources.llava import check_slots, turns_of
+from components.shard.sources.photos import admit, resized
+from llava.data.schema import IMAGE_COLUMNS, Row
+from llava.errors import RefusedInput
+
+_ROWS_AT_ONCE = 16
+_FOOTERS_AT_ONCE = 16
+
+
+class Columns(NamedTuple):
+    """What is read of a file. `captions`, `conversations`: names of columns; `id` None: names are made."""
+
+    images: tuple[str, ...]
+    captions: tuple[str, ...]
+    conversations: str | None
+    id: str | None
+
+    @property
+    def names(self) -> list[str]:
+        """All that are there."""
+        one = (self.conversations, self.id)
+        return list(
+            dict.fromkeys([*self.images, *self.captions, *(name for name in one if name is not None)])
+        )
+
+
+class Group(NamedTuple):
+    """One row group; `first`: number of its first row in the file."""
+
+    key: str
+    group: int
+    first: int
+
+
+def check(settings: ShardSettings) -> Columns:
+    """The columns of the first file; RefusedInput where one is missing or of no use."""
+    store = open_data(settings)
+    keys = keys_of(store, settings, ".parquet")
+    with opened(store, keys[0]) as file:
+        return columns_of(settings, file.schema_arrow, f"{store.uri}/{keys[0]}")
+
+
+def listing(settings: ShardSettings) -> Listing:
+    """The row groups of all files, in the order of their names."""
+    store = open_data(settings)
+    return list_groups(store, keys_of(store, settings, ".parquet"), check(settings))
+
+
+def list_groups(store: Store, keys: list[str], columns: Columns) -> Listing:
+    """The row groups of these files; RefusedInput for a file that is damaged or has other columns."""
+
+    def footer(key: str) -> list[int]:
+        with opened(store, key) as file:
+            if missing := set(columns.names) - set(file.schema_arrow.names):
+                raise RefusedInput(f"{store.uri}/{key}: no column {', '.join(sorted(missing))}")
+            return [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+
+    items, sizes = [], []
+    with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
+        for key, counts in zip(keys, pool.map(footer, keys), strict=True):
+            first = 0
+            for group, count in enumerate(counts):
+                items.append(Group(key, group, first))
+                sizes.append(count)
+                first += count
+    return Listing(items, (store, columns), sizes=sizes)
+
+
+def rows(
+    settings: ShardSettings, place: tuple[Store, Columns], items: Sequence[Group], kept: Store
+) -> Iterator[Outcome]:
+    """The rows of the row groups, in their order."""
+    store, columns = place
+    for key, group, first in items:
+        number = first
+        with opened(store, key) as file:
+            for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=columns.names):
+                named = [
+                    (_name(key, number + n, cells, columns), cells) for n, cells in enumerate(_cells(batch))
+                ]
+                yield from ahead(lambda one: _load(settings, columns, *one), named)
+                number += batch.num_rows
+
+
+def keys_of(store: Store, settings: ShardSettings, suffix: str) -> list[str]:
+    """The files that `shard.files` chooses, else all with the suffix; RefusedInput where there are none."""
+    pattern = settings.files or f"*{suffix}"
+    keys = [entry.key for entry in store.list() if fnmatch(entry.key, pattern)]
+    if not keys:
+        raise RefusedInput(f"shard.path={store.uri}: no file is named like {pattern}; see shard.files")
+    return keys
+
+
+def columns_of(settings: ShardSettings, schema: pa.Schema, where: str) -> Columns:
+    """Which column is what; RefusedInput names the setting that can tell."""
+    own_id = () if settings.id_column is None else (settings.id_column,)
+    wanted = {"image_columns": settings.image_columns, "texts": settings.texts, "id_column": own_id}
+    for setting, names in wanted.items():
+        if missing := [name for name in names if name not in schema.names]:
+            raise RefusedInput(
+                f"shard.{setting}: {where} has no column {missing[0]!r}; there are {', '.join(schema.names)}"
+            )
+    captions, conversations = [], []
+    for name in settings.texts:
+        kind = schema.field(name).type
+        if _is_text(kind) or (_is_list(kind) and _is_text(kind.value_type)):
+            captions.append(name)
+        elif _is_list(kind) and pa.types.is_struct(kind.value_type):
+            conversations.append(name)
+        else:
+            raise RefusedInput(
+                f"shard.texts: column {name!r} of {where} is {kind}; give texts, lists of texts or conversations"
+            )
+    if len(conversations) > 1:
+        raise RefusedInput(f"shard.texts: {' and '.join(conversations)} are both conversations; choose one")
+    images = settings.image_columns or _usual_images(schema, where)
+    for name in images:
+        if not _holds_images(schema.field(name).type):
+            raise RefusedInput(
+                f"shard.image_columns: column {name!r} of {where} is {schema.field(name).type}"
+            )
+    id_column = settings.id_column or ("id" if "id" in schema.names else None)
+    return Columns(images, tuple(captions), conversations[0] if conversations else None, id_column)
+
+
+def _load(settings: ShardSettings, columns: Columns, name: str, cells: dict[str, Any] | None) -> Loaded:
+    if cells is None:
+        raise RefusedSample(name, "text-not-unicode", "a text of the row is no UTF-8")
+    pictures = [one for column in columns.images for one in _pictures(name, cells[column])]
+    turns = turns_of(name, cells[columns.conversations]) if columns.conversations else []
+    captions = [
+        text for column in columns.captions for value in _texts(cells[column]) if (text := plain(value))
+    ]
+    if turns:
+        check_slots(name, turns, len(pictures))
+    elif not captions:
+        raise RefusedSample(name, "no-caption", "the row has no caption")
+    elif not pictures:
+        raise RefusedSample(name, "image-missing", "the row has no picture")
+    row: Row = {"id": name, "captions": captions}
+    admitted = [admit(settings, name, path or name, data) for data, path in pictures]
+    if turns:
+        row["conversations"] = turns
+    if admitted:
+        first, *more = admitted
+        row |= {"image": first.image, "width": first.size.width, "height": first.size.height}
+        if more:
+            row["more_images"] = [another.image for another in more]
+        split = split_by_bytes(settings, pictures[0][0])
+    else:
+        split = split_by_hash(settings, name)
+    return Loaded(split, row, resized(*admitted))
+
+
+def _pictures(name: str, value: Any) -> list[tuple[bytes, str | None]]:
+    found = []
+    for cell in value if isinstance(value, list) else [value]:
+        data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
+        if data is None and path is not None:
+            text = f"the picture is only a path, {path!r}: write the data set with its pictures inside"
+            raise RefusedSample(name, "path-without-bytes", text)
+        if data is not None:
+            found.append((data, path))
+    return found
+
+
+def _texts(value: Any) -> list[str]:
+    return [one for one in (value if isinstance(value, list) else [value]) if one is not None]
+
+
+def _cells(batch: pa.RecordBatch) -> list[dict[str, Any] | None]:
+    """The rows as Python values; None for one with a text that is no UTF-8."""
+    try:
+        return cast(list[dict[str, Any] | None], batch.to_pylist())
+    except UnicodeDecodeError:
+        return (
+            [None]
+            if batch.num_rows == 1
+            else [cells for row in range(batch.num_rows) for cells in _cells(batch.slice(row, 1))]
+        )
+
+
+def _name(key: str, number: int, cells: dict[str, Any] | None, columns: Columns) -> str:
+    value = cells[columns.id] if columns.id and cells else None
+    return f"{PurePosixPath(key).stem}-{number}" if value is None else str(value)
+
+
+def _usual_images(schema: pa.Schema, where: str) -> tuple[str, ...]:
+    """The columns that the file itself calls pictures."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        found = [name for name, feature in features.items() if _is_feature(feature) and name in schema.names]
+    except (KeyError, ValueError, TypeError, AttributeError):
+        found = []
+    if not found:
+        found = [field.name for field in schema if _is_picture(field.type)]
+    if len(found) > 1 and found != [*IMAGE_COLUMNS]:
+        raise RefusedInput(f"{where}: pictures in {', '.join(found)}; choose in shard.image_columns")
+    return tuple(found)
+
+
+def _is_feature(feature: Any) -> bool:
+    if isinstance(feature, list):
+        return any(_is_feature(one) for one in feature)
+    return isinstance(feature, dict) and (
+        feature.get("_type") == "Image" or _is_feature(feature.get("feature"))
+    )
+
+
+def _is_picture(kind: pa.DataType) -> bool:
+    if not pa.types.is_struct(kind):
+        return False
+    fields = {field.name: field.type for field in kind}
+    return fields.keys() == {"bytes", "path"} and _is_bytes(fields["bytes"]) and _is_text(fields["path"])
+
+
+def _holds_images(kind: pa.DataType) -> bool:
+    inner = kind.value_type if _is_list(kind) else kind
+    return _is_picture(inner) or _is_bytes(inner)
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+@contextmanager
+def opened(store: Store, key: str) -> Iterator[pq.ParquetFile]:
+    """The file, to read with little memory; RefusedInput where it is none."""
+    system, base = store.arrow()
+    try:
+        with (
+            system.open_input_file(f"{base}/{key}") as source,
+            pq.ParquetFile(source, buffer_size=2**20, pre_buffer=False) as file,
+        ):
+            yield file
+    except pa.ArrowInvalid as error:
+        raise RefusedInput(f"{store.uri}/{key} is no Parquet file that can be read: {error}") from None
+
+
+SOURCE = Source(files_of, check, listing, rows)

@@ -1,0 +1,171 @@
+"""Where the photos lie: folders, archives and S3 prefixes, one after the other; and how one of them gets in."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import NamedTuple, Protocol
+
+from components.contract.digest import fingerprint
+from components.contract.store import Store, check_key, open_store
+from components.shard.settings import ShardSettings
+from components.shard.sources.archives import SUFFIXES, Archive
+from components.shard.sources.base import RefusedSample, files_of, open_data
+from components.shard.sources.pieces import File
+from llava.data.images import BadImage, Size, decode, read_size, shrink
+from llava.data.schema import ImageCell
+from llava.errors import RefusedInput
+
+_LARGE_PIXELS = 8_000_000
+_one_large = threading.Lock()  # large photos are decoded one at a time: 64 MP are hundreds of megabytes
+
+
+class Root(Protocol):
+    """A place of photos."""
+
+    def read(self, path: str, longest: int) -> bytes | None:
+        """The bytes of one photo, None if it is not there. Raises BadImage where it is not let in."""
+        ...
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder or an S3 prefix."""
+
+    store: Store
+    prefix: str = ""
+
+    def read(self, path: str, longest: int) -> bytes | None:
+        """The file, its size looked up first."""
+        key = self.prefix + path
+        found = self.store.stat(key)
+        if found is None:
+            return None
+        if found.size > longest:
+            raise BadImage("too-many-bytes", f"{key} has {found.size:,} bytes; limit {longest:,}")
+        try:
+            return self.store.read(key)
+        except FileNotFoundError:
+            return None
+
+
+class Photos(NamedTuple):
+    """Roots in the order in which they are looked at, each with the beginning of the paths that it serves."""
+
+    roots: tuple[tuple[str, Root], ...]
+    where: str
+
+    def read(self, settings: ShardSettings, name: str, path: str) -> bytes:
+        """The bytes of sample `name`'s photo `path`; RefusedSample."""
+        try:
+            check_key(path)
+            bad = len(path.encode()) > 1024 or any(len(part.encode()) > 255 for part in path.split("/"))
+        except (RefusedInput, UnicodeEncodeError):
+            bad = True
+        if bad:
+            text = f"image path {path!r} is not a relative path inside the data folder"
+            raise RefusedSample(name, "image-path", text)
+        try:
+            for prefix, root in self.roots:
+                if path.startswith(prefix) and len(path) > len(prefix):
+                    data = root.read(path.removeprefix(prefix), settings.max_image_bytes)
+                    if data is not None:
+                        return data
+        except BadImage as error:
+            raise RefusedSample(name, error.reason, f"{path}: {error}") from None
+        raise RefusedSample(name, "image-missing", f"{path} does not exist in {self.where}")
+
+
+class Photo(NamedTuple):
+    """A photo that was let in; `scale`: what its sides were multiplied with (1: as it came)."""
+
+    image: ImageCell
+    size: Size
+    scale: float
+
+
+def external_with_roots(settings: ShardSettings) -> dict[str, str]:
+    """The fingerprints of the data folder and of every further place of photos."""
+    found = files_of(settings)
+    for number, root in enumerate(settings.roots):
+        prefix, place = _split(root)
+        found[f"photos {number} {prefix}".rstrip()] = fingerprint(place)
+    return found
+
+
+def find_photos(settings: ShardSettings, *also: str) -> Photos:
+    """The places of the photos: the setting, or the first that exists of images/ and `also`; then the roots.
+
+    RefusedInput where the setting or a root names nothing.
+    """
+    store = open_data(settings)
+    first = _inside(store, settings.images) if settings.images is not None else _usual(store, "images", *also)
+    roots: list[tuple[str, Root]] = [("", first)]
+    for root in settings.roots:
+        prefix, place = _split(root)
+        roots.append((prefix, _open(place)))
+    return Photos(tuple(roots), " or ".join([store.uri, *(_split(root)[1] for root in settings.roots)]))
+
+
+def admit(settings: ShardSettings, name: str, file: str, data: bytes) -> Photo:
+    """Decode the photo, to prove it whole, and shrink it where the settings say so. RefusedSample."""
+    try:
+        size = read_size(data, settings.limits)
+        large = size.width * size.height > _LARGE_PIXELS
+        with _one_large if large else nullcontext():
+            if settings.resize is None or min(size.width, size.height) <= settings.resize:
+                decode(data, settings.limits)
+                return Photo({"bytes": data, "path": PurePosixPath(file).name}, size, 1.0)
+            small, shrunk = shrink(data, settings.resize, settings.limits)
+    except BadImage as error:
+        raise RefusedSample(name, error.reason, f"{file}: {error}") from None
+    image: ImageCell = {"bytes": small, "path": f"{PurePosixPath(file).stem}.jpg"}
+    return Photo(image, shrunk, shrunk.width / size.width)
+
+
+def read_photo(settings: ShardSettings, photos: Photos, name: str, path: str) -> Photo:
+    """The photo `path` of sample `name`. RefusedSample."""
+    return admit(settings, name, path, photos.read(settings, name, path))
+
+
+def resized(*photos: Photo) -> tuple[str, ...]:
+    """What is to be counted about the photos of a sample."""
+    return tuple("photos/resized" for photo in photos if photo.scale != 1)
+
+
+def _split(root: str) -> tuple[str, str]:
+    prefix, equals, place = root.partition("=")
+    if equals and not prefix.startswith(("/", "s3://", "~")):
+        return prefix, place
+    return "", root
+
+
+def _usual(store: Store, *names: str) -> Root:
+    for name in names:
+        if next(store.list(f"{name}/"), None) is not None:
+            return Folder(store, f"{name}/")
+    for name in names:
+        for suffix in SUFFIXES:
+            if store.stat(name + suffix) is not None:
+                return Archive(File.at(store, name + suffix))
+    return Folder(store)
+
+
+def _inside(store: Store, name: str) -> Root:
+    if name.endswith(SUFFIXES) and store.stat(name) is not None:
+        return Archive(File.at(store, name))
+    return Folder(store, name.rstrip("/") + "/")
+
+
+def _open(place: str) -> Root:
+    parent, _, name = place.rstrip("/").rpartition("/")
+    if name.endswith(SUFFIXES):
+        store = open_store(parent or ("/" if place.startswith("/") else "."))
+        if store.stat(name) is not None:
+            return Archive(File.at(store, name))
+    store = open_store(place)
+    if next(store.list(), None) is None:
+        raise RefusedInput(f"shard.roots: {place}: nothing lies there")
+    return Folder(store)
