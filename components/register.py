@@ -1,13 +1,14 @@
-"""Registration: the model becomes a version in MLflow, and the champion only if it beats the champion.
+"""Registration: the model becomes a version in MLflow, and the champion only if the gate lets it.
 
-A version points to the artifact's own `model/` folder. Its tags tell where it comes from; the tag `decision`
-says why it is champion or challenger.
+A version points to the artifact's own `model/` folder. Its tags tell where it comes from; the tag `promoted` says
+whether it became champion, and `decision` why.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from pydantic import Field
@@ -22,6 +23,12 @@ from components.contract import (
     read_artifact,
     sha256_of,
 )
+from components.evaluate.compare import Comparison, OtherQuestions
+from components.evaluate.gate import GateSettings, under_floors
+from components.evaluate.gate import decide as gate
+from components.evaluate.outcomes import comparable, outcomes
+from components.evaluate.page import escape, scores_table
+from components.evaluate.page import table as markdown
 from components.models import (
     CHALLENGER,
     CHAMPION,
@@ -37,24 +44,19 @@ from llava.errors import RefusedInput
 _EXAM = "questions_digest"
 
 
-class RegisterSettings(Settings):
+class RegisterSettings(GateSettings):
     """Under which name, and what it takes to become champion."""
 
     name: str = Field(pattern=r"^[\w.-]+$", description="Name of the registered model in MLflow")
-    metric: str = Field(
-        "eval/vqa/exact_match", description="The evaluation's metric that decides; greater is better"
-    )
-    minimum_gain: float = Field(
-        0.0, ge=0, description="The champion is beaten by more than so much, in the metric's unit"
-    )
 
 
 @dataclass(frozen=True)
 class Decision:
-    """Which alias a version gets, and why."""
+    """Which alias a version gets, why, and what was compared."""
 
     alias: str
     reason: str
+    comparisons: Mapping[str, Comparison] = field(default_factory=dict)
 
 
 class Register(Component):
@@ -64,22 +66,29 @@ class Register(Component):
     """
 
     name: ClassVar[str] = "register"
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     Settings: ClassVar[type[Settings]] = RegisterSettings
     on_ray: ClassVar[bool] = False
 
     def check(self, settings: RegisterSettings, inputs: Mapping[str, Artifact]) -> None:
-        """Refuse an evaluation of another model, or one without the deciding metric."""
+        """Refuse an evaluation of another model, or one without a score that the rule names."""
         model, evaluation = inputs["model"], inputs["evaluation"]
         if evaluation.manifest.inputs.get("model") != model.digest:
             raise RefusedInput(
                 f"{evaluation.uri} does not evaluate {model.uri}: run `llava evaluate` on that model"
             )
-        if settings.metric not in evaluation.manifest.metrics:
-            known = ", ".join(sorted(evaluation.manifest.metrics))
-            raise RefusedInput(f"register.metric {settings.metric!r}: {evaluation.uri} measured {known}")
-        if settings.metric.endswith("loss"):
-            raise RefusedInput(f"register.metric {settings.metric!r}: greater must be better; choose a score")
+        measured = [
+            f"{name}/{score}"
+            for name, exam in evaluation.manifest.notes.get("exams", {}).items()
+            for score in exam["scores"]
+        ]
+        for name in (*settings.benchmarks, *settings.floors):
+            if name not in measured:
+                key = "benchmarks" if name in settings.benchmarks else "floors"
+                raise RefusedInput(
+                    f"register.{key} names {name!r}, which {evaluation.uri} did not measure; it measured "
+                    f"{', '.join(measured) or 'nothing'}"
+                )
 
     def run(self, job: Job) -> None:
         """Check the files, make or find the version, decide, set tags and alias."""
@@ -92,13 +101,14 @@ class Register(Component):
         job.lease.check()
         version = _find_or_add(registry, settings.name, model, evaluation, champion)
         decision = decide(settings, version, champion, evaluation, job.inputs.get("champion_evaluation"))
-        registry.tag(version, _scores(evaluation) | {"decision": decision.reason})
+        promoted = "yes" if decision.alias == CHAMPION else "no"
+        told = {"decision": decision.reason, "promoted": promoted}
+        registry.tag(version, _scores(evaluation) | told)
         registry.name_as(version, decision.alias)
         challenger = registry.by_alias(settings.name, CHALLENGER)
         if decision.alias == CHAMPION and challenger and challenger.version == version.version:
             registry.drop_alias(settings.name, CHALLENGER)
-        score = evaluation.manifest.metrics[settings.metric]
-        job.metrics["register/score"] = score
+        _log(job, decision, evaluation, job.inputs.get("champion_evaluation"))
         uri = f"models:/{version.name}/{version.version}"
         job.notes["model"] = {
             "name": version.name,
@@ -108,7 +118,7 @@ class Register(Component):
             "alias": decision.alias,
             "decision": decision.reason,
         }
-        job.run.tags({"registered_model": uri, "decision": decision.reason})
+        job.run.tags({"registered_model": uri, **told})
         job.say(f"{uri} is {decision.alias}: {decision.reason}")
 
     def still_stands(self, artifact: Artifact, workspace: Workspace) -> bool:
@@ -170,40 +180,61 @@ def decide(
     evaluation: Artifact,
     champion_evaluation: Artifact | None = None,
 ) -> Decision:
-    """Champion if there is none, or if `version` beats it on the same questions; otherwise challenger.
+    """Champion if the gate lets `version` through: no floor is undercut, and it surely beats the champion, if any.
 
-    The champion's score comes from `champion_evaluation`, or else from the tags that its own registration left.
+    The champion's answers come from `champion_evaluation`, or else from the evaluation that its own tags name.
     """
-    if champion is None:
-        return Decision(CHAMPION, "the first: there was no champion")
-    if champion.version == version.version:
+    if champion is not None and champion.version == version.version:
         # A crash after the alias was set: the reason stands in the tag already.
         return Decision(CHAMPION, version.tags.get("decision", "it was the champion already"))
-    exam, score = evaluation.manifest.notes.get("questions"), evaluation.manifest.metrics[settings.metric]
-    other_exam, other = _champion_score(settings.metric, champion, champion_evaluation)
-    against = f"champion version {champion.version}"
+    if champion is None:
+        under = under_floors(
+            settings, outcomes(evaluation, {name.partition("/")[0] for name in settings.floors})
+        )
+        if under:
+            return Decision(CHALLENGER, f"floor undercut: {'; '.join(under)}; there is no champion")
+        return Decision(CHAMPION, "the first: there was no champion")
+    against = f"against champion version {champion.version}"
+    other = _evaluation_of(champion, champion_evaluation)
     if other is None:
-        return Decision(CHALLENGER, f"not comparable: {against} has no known {settings.metric}")
-    if exam is None or exam != other_exam:
         return Decision(
             CHALLENGER,
-            f"not comparable: {against} answered other questions ({_short(other_exam)}, here {_short(exam)}); "
-            "evaluate it on these",
+            f"{against}: refused: not comparable: its answers are gone; evaluate it on these questions",
         )
-    gain = f"{settings.metric} {score:.2f} against {other:.2f} of {against}, a gain of {score - other:+.2f}"
-    if score - other > settings.minimum_gain:
-        return Decision(CHAMPION, gain)
-    return Decision(CHALLENGER, f"{gain}; it takes more than {settings.minimum_gain:g}")
+    names = [name.partition("/")[0] for name in settings.benchmarks]
+    try:
+        base, new = comparable(other, evaluation, names)
+    except OtherQuestions as error:
+        return Decision(CHALLENGER, f"{against}: refused: not comparable: {error}")
+    floors = outcomes(evaluation, {name.partition("/")[0] for name in settings.floors} - set(names))
+    verdict = gate(settings, base, floors | new)
+    return Decision(
+        CHAMPION if verdict.promote else CHALLENGER, f"{against}: {verdict.reason}", verdict.comparisons
+    )
 
 
-def _champion_score(
-    metric: str, champion: Version, evaluation: Artifact | None
-) -> tuple[str | None, float | None]:
-    """The champion's exam and score; an evaluation of some other model says nothing about it."""
-    if evaluation is not None and evaluation.manifest.inputs.get("model") == champion.tags.get(MODEL_DIGEST):
-        return evaluation.manifest.notes.get("questions"), evaluation.manifest.metrics.get(metric)
-    tag = champion.tags.get(f"score.{metric}")
-    return champion.tags.get(_EXAM), None if tag is None else float(tag)
+def _evaluation_of(champion: Version, given: Artifact | None) -> Artifact | None:
+    """The champion's evaluation: `given` if it is of that model, else the one it was registered with."""
+    if given is not None and given.manifest.inputs.get("model") == champion.tags.get(MODEL_DIGEST):
+        return given
+    uri = champion.tags.get("evaluation_uri")
+    return read_artifact(open_store(uri)) if uri else None
+
+
+def _log(job: Job, decision: Decision, evaluation: Artifact, champion: Artifact | None) -> None:
+    """What was compared, as metrics and as a table over benchmarks and models."""
+    for name, comparison in decision.comparisons.items():
+        for score, found in comparison.differences.items():
+            values = {"gain": found.gain, "low": found.low, "high": found.high}
+            job.metrics.update(
+                {f"gate/{name}/{score}/{key}": value for key, value in values.items() if math.isfinite(value)}
+            )
+    models = {"this version": outcomes(evaluation)}
+    if champion is not None:
+        models["champion before"] = outcomes(champion)
+    job.run.table(scores_table(models), "eval/models.json")
+    job.run.text("\n".join(["# Models", "", escape(decision.reason), "", *markdown(scores_table(models)), ""]),
+                 "eval/models.md")  # fmt: skip
 
 
 def _find_or_add(
@@ -233,10 +264,6 @@ def _scores(evaluation: Artifact) -> dict[str, str]:
     scores = {f"score.{metric}": repr(value) for metric, value in evaluation.manifest.metrics.items()}
     exam = {_EXAM: str(evaluation.manifest.notes.get("questions", ""))}
     return exam | {EVALUATION_DIGEST: evaluation.digest, "evaluation_uri": evaluation.uri} | scores
-
-
-def _short(digest: str | None) -> str:
-    return digest[:12] if digest else "unknown"
 
 
 __all__ = [

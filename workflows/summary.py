@@ -17,7 +17,9 @@ def show(summary: Summary, workspace: Workspace) -> None:
     if overall:
         say("")
         for name, value in overall.items():
-            say(f"{name:28} {value:6.1f} %")
+            # Caption scores go from 0 to 1, as in the tool that defines them.
+            in_percent = name.rpartition("/")[2] not in ("bleu4", "rouge_l", "cider")
+            say(f"{name:28} {value:6.1f} %" if in_percent else f"{name:28} {value:8.3f}")
     if summary.model:
         model = summary.model
         say("")

@@ -1,6 +1,7 @@
-"""Asking: each question three times (right, blank, wrong picture), in chunks, by Ray actors that hold the model.
+"""Asking: batches of questions, each under its conditions, answered by Ray actors that hold the model.
 
-A finished chunk lies in the artifact's folder until commit; after a crash it is found there.
+A finished batch lies in the artifact's folder until commit, each answer under its question's key; after a crash only
+the questions without an answer are asked.
 """
 
 from __future__ import annotations
@@ -9,146 +10,150 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from PIL import Image
+from typing import Any, TypedDict
 
 from components.contract import Artifact, Folder
-from components.evaluate.questions import Question
-from components.evaluate.scores import CONDITIONS, Answered, is_match
-from llava.data.images import BadImage, decode
+from components.evaluate.showing import Picture, blank
 from llava.errors import LlavaError
 
+RIGHT, BLANK, WRONG = "right_image", "blank_image", "wrong_image"
 SAY_EVERY_SECONDS = 5.0
-CHUNK = 64
-"""Questions per part. Fixed, so that a part means the same whatever the batch size and the workers."""
-
 PARTS = "checkpoints/answers/"
-"""Under `checkpoints/`, which goes when the artifact commits: `answers.jsonl` holds them all then."""
+"""Under `checkpoints/`, which goes when the artifact commits: its answers files hold them all then."""
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A question and the wrong picture that goes with it."""
+class Ask:
+    """One question and what is shown with it."""
 
-    question: Question
-    wrong: Question
+    key: str
+    """Names it among all that are asked: EXAM/NUMBER."""
+    prompt: str
+    max_new_tokens: int
+    picture: Picture | None
+    blank: bool = False
+    """Whether to ask again with a blank picture."""
+    wrong: Picture | None = None
+    """Another picture to ask again with."""
+    expected: str | None = None
+    """An answer whose loss is measured."""
+
+
+class Answer(TypedDict):
+    """What the model said."""
+
+    key: str
+    answers: dict[str, str]
+    """By condition."""
+    loss: float | None
+    """Negative log-likelihood of the expected answer with the right picture, nats, summed over its tokens."""
+    tokens: int | None
 
 
 class Answerer:
-    """The model in one process; answers chunk after chunk."""
+    """The model in one process; answers batch after batch."""
 
-    def __init__(self, model: Artifact, max_new_tokens: int, batch_size: int) -> None:
+    def __init__(self, model: Artifact) -> None:
         import torch
 
         from llava.generate import load, template_name
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model, self.processor = load(model.local("model"), device)
-        self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
         self.measures_loss = template_name(self.processor) is not None
 
-    def answer(self, number: int, chunk: Sequence[Asked]) -> tuple[int, list[Answered]]:
-        """`number` and one line per question of `chunk`, in its order."""
-        rows: list[Answered] = []
-        for start in range(0, len(chunk), self.batch_size):
-            rows += self._batch(chunk[start : start + self.batch_size])
-        return number, rows
-
-    def _batch(self, batch: Sequence[Asked]) -> list[Answered]:
+    def answer(self, batch: Sequence[Ask]) -> list[Answer]:
+        """One answer per question, in their order; all of a batch are asked under the same conditions."""
         from llava.generate import answer, answer_loss
 
-        texts = [asked.question.question for asked in batch]
-        right = [_picture(asked.question) for asked in batch]
-        shown = {
-            "right_image": right,
-            "blank_image": [blank(self.processor.image_processor, picture.size) for picture in right],
-            "wrong_image": [_picture(asked.wrong) for asked in batch],
-        }
+        texts = [ask.prompt for ask in batch]
+        right = [None if ask.picture is None else ask.picture.open() for ask in batch]
+        shown = {RIGHT: right}
+        if batch[0].blank:
+            empty = self.processor.image_processor
+            shown[BLANK] = [None if seen is None else blank(empty, seen.size) for seen in right]
+        if batch[0].wrong is not None:
+            shown[WRONG] = [None if ask.wrong is None else ask.wrong.open() for ask in batch]
         given = {
-            condition: answer(self.model, self.processor, texts, shown[condition], self.max_new_tokens)
-            for condition in CONDITIONS
+            condition: answer(self.model, self.processor, texts, pictures, batch[0].max_new_tokens)
+            for condition, pictures in shown.items()
         }
         losses: Sequence[float | None] = [None] * len(batch)
         tokens: Sequence[int | None] = [None] * len(batch)
-        if self.measures_loss:
-            expected = [asked.question.expected for asked in batch]
+        expected = [ask.expected for ask in batch if ask.expected is not None]
+        if self.measures_loss and len(expected) == len(batch):
             losses, tokens = answer_loss(self.model, self.processor, texts, expected, right)
         return [
-            Answered(
-                id=asked.question.id,
-                kind=asked.question.kind,
-                question=asked.question.question,
-                expected=asked.question.expected,
-                wrong_image_of=asked.wrong.id,
-                answers={condition: given[condition][index] for condition in CONDITIONS},
-                correct={
-                    condition: is_match(given[condition][index], asked.question.expected)
-                    for condition in CONDITIONS
-                },
-                loss=losses[index],
-                tokens=tokens[index],
+            Answer(
+                key=ask.key,
+                answers={condition: answers[place] for condition, answers in given.items()},
+                loss=losses[place],
+                tokens=tokens[place],
             )
-            for index, asked in enumerate(batch)
+            for place, ask in enumerate(batch)
         ]
 
 
 def answer_all(
     model: Artifact,
-    asked: Sequence[Asked],
+    asks: Sequence[Ask],
     folder: Folder,
     *,
-    max_new_tokens: int,
     batch_size: int,
     workers: int,
     before_write: Callable[[], None],
     say: Callable[[str], None],
-) -> list[Answered]:
-    """Every question's line, in the order of `asked`; parts that lie in `folder` are not asked again.
+) -> dict[str, Answer]:
+    """The answer to each question by its key; those that lie in `folder` are not asked for again.
 
-    `before_write` is called before a part is written (it may raise: the lease is lost).
+    `before_write` is called before a batch is written (it may raise: the lease is lost).
     """
-    starts = range(0, len(asked), CHUNK)
-    missing = [start for start in starts if folder.stat(_part(start)) is None]
-    if len(missing) < len(starts):
-        say(f"{len(starts) - len(missing)} of {len(starts)} chunks of answers are there already")
-    done, last = len(starts) - len(missing), -SAY_EVERY_SECONDS
-    for start, rows in _answers(model, asked, missing, max_new_tokens, batch_size, workers):
+    found = _stored(folder)
+    missing = [ask for ask in asks if ask.key not in found]
+    if found:
+        say(f"{len(asks) - len(missing):,} of {len(asks):,} questions are answered already")
+    last = -SAY_EVERY_SECONDS
+    for answers in _answers(model, batches(missing, batch_size), workers):
         before_write()
-        folder.write(_part(start), to_jsonl(rows))
-        done += 1
-        if time.monotonic() - last >= SAY_EVERY_SECONDS or done == len(starts):
-            say(f"{min(done * CHUNK, len(asked)):,} of {len(asked):,} questions answered")
+        # No later batch holds the first key of this one: no file is ever written twice.
+        folder.write(f"{PARTS}{answers[0]['key']}.jsonl", to_jsonl(answers))
+        found |= {answer["key"]: answer for answer in answers}
+        if time.monotonic() - last >= SAY_EVERY_SECONDS or len(found) == len(asks):
+            say(f"{len(found):,} of {len(asks):,} questions answered")
             last = time.monotonic()
-    return [row for start in starts for row in from_jsonl(folder.read(_part(start)))]
+    return {ask.key: found[ask.key] for ask in asks}
 
 
-def blank(image_processor: Any, size: tuple[int, int]) -> Image.Image:
-    """A picture of `size` (width, height) in the image processor's mean colour: nothing to see, nothing unusual."""
-    red, green, blue = (round(255 * value) for value in image_processor.image_mean)
-    return Image.new("RGB", size, (red, green, blue))
+def batches(asks: Sequence[Ask], size: int) -> list[list[Ask]]:
+    """Questions that may be answered together: of one exam, and alike in length, so that little is padding."""
+    exams: dict[str, list[Ask]] = {}
+    for ask in asks:
+        exams.setdefault(ask.key.partition("/")[0], []).append(ask)
+    cut = []
+    for group in exams.values():
+        group.sort(key=lambda ask: (ask.picture is None, len(ask.prompt)))
+        cut += [group[start : start + size] for start in range(0, len(group), size)]
+    return cut
 
 
-def to_jsonl(rows: Sequence[Answered]) -> bytes:
+def to_jsonl(rows: Sequence[Any]) -> bytes:
     """One JSON object a line, UTF-8."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
-def from_jsonl(data: bytes) -> list[Answered]:
+def from_jsonl(data: bytes) -> list[Any]:
     """What `to_jsonl` wrote. (A text may hold characters at which `splitlines` would cut.)"""
     return [json.loads(line) for line in data.decode().split("\n") if line]
 
 
-def _answers(
-    model: Artifact,
-    asked: Sequence[Asked],
-    missing: Sequence[int],
-    max_new_tokens: int,
-    batch_size: int,
-    workers: int,
-) -> Iterator[tuple[int, list[Answered]]]:
-    """(first question, lines) of each chunk in `missing`, as they come."""
-    if not missing:
+def _stored(folder: Folder) -> dict[str, Answer]:
+    rows = [row for entry in folder.list(PARTS) for row in from_jsonl(folder.read(entry.key))]
+    return {row["key"]: row for row in rows}
+
+
+def _answers(model: Artifact, waiting: Sequence[list[Ask]], workers: int) -> Iterator[list[Answer]]:
+    """The answers of each batch, as they come."""
+    if not waiting:
         return
     import ray
     from ray.exceptions import RayActorError, RayTaskError
@@ -156,33 +161,18 @@ def _answers(
 
     gpus = 1 if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1 else 0
     remote = ray.remote(Answerer).options(num_cpus=1, num_gpus=gpus, max_restarts=2, max_task_retries=2)
-    actors = [remote.remote(model, max_new_tokens, batch_size) for _ in range(min(workers, len(missing)))]
-    pool = ActorPool(actors)
+    actors = [remote.remote(model) for _ in range(min(workers, len(waiting)))]
     try:
-        yield from pool.map_unordered(
-            lambda actor, start: actor.answer.remote(start, asked[start : start + CHUNK]),
-            missing,
-        )
+        yield from ActorPool(actors).map_unordered(lambda actor, batch: actor.answer.remote(batch), waiting)
     except RayTaskError as error:
         if isinstance(error.cause, LlavaError):
             raise error.cause from None
         raise
     except RayActorError as error:
         raise LlavaError(
-            f"a worker that answers questions died ({str(error).splitlines()[0]}); answered chunks are kept: "
+            f"a worker that answers questions died ({str(error).splitlines()[0]}); answers are kept: "
             "run again, with fewer workers or a smaller batch_size if memory ran out"
         ) from error
     finally:
         for actor in actors:
             ray.kill(actor)
-
-
-def _part(start: int) -> str:
-    return f"{PARTS}{start:07d}.jsonl"
-
-
-def _picture(question: Question) -> Image.Image:
-    try:
-        return decode(question.image)
-    except BadImage as error:
-        raise LlavaError(f"held-out question {question.id}: {error}") from error

@@ -74,6 +74,23 @@ def read_questions(folder: Folder, limit: int | None, seed: int) -> tuple[list[Q
     return [_question(row, image) for (_, row), image in zip(found, pictures, strict=True)], dict(skipped)
 
 
+def captioned(folder: Folder) -> list[dict[str, Any]]:
+    """Id, picture and captions of the held-out rows that have both; raises `RefusedInput` where there are none."""
+    columns = ["id", "image", "captions"]
+    rows = [
+        row
+        for file in _files(folder)
+        for group in range(file.num_row_groups)
+        for row in file.read_row_group(group, columns=columns).to_pylist()
+        if row["image"] and row["captions"]
+    ]
+    if not rows:
+        raise RefusedInput(
+            f"{folder.uri}/heldout: no picture with captions; give a `shard` artifact that has some"
+        )
+    return rows
+
+
 def wrong_pictures(questions: Sequence[Question], seed: int) -> list[int]:
     """For each question the index of a question about another picture.
 
@@ -116,6 +133,8 @@ def _unfit(row: dict[str, Any]) -> str | None:
         return "not one question and its answer"
     if not row["width"] or IMAGE not in turns[0]["value"]:
         return "no picture"
+    if turns[0]["value"].count(IMAGE) > 1:
+        return "several pictures"
     return None
 
 

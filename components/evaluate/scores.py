@@ -7,10 +7,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import TypedDict
 
+from components.evaluate.answering import BLANK, RIGHT, WRONG
+
 CONDITIONS = {
-    "right_image": "exact_match",
-    "blank_image": "blank_image",
-    "wrong_image": "wrong_image",
+    RIGHT: "exact_match",
+    BLANK: "blank_image",
+    WRONG: "wrong_image",
 }
 """What the model is shown with the question, and the metric that its share of right answers is called.
 
@@ -40,17 +42,6 @@ class Score(TypedDict):
 
     n: int
     percent: dict[str, float]
-
-
-def normalise(answer: str) -> str:
-    """What exact match compares: no blanks around, no case, without one final full stop."""
-    return answer.strip().removesuffix(".").strip().casefold()
-
-
-def is_match(answer: str, expected: str) -> bool:
-    """Exact match after `normalise` on both sides; an empty answer is never right."""
-    given = normalise(answer)
-    return bool(given) and given == normalise(expected)
 
 
 def score(rows: Sequence[Answered]) -> Score:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from components.contract.manifest import Artifact
 from components.contract.runner import Outcome, Workspace, run_component
 from components.contract.store import open_store
 from components.contract.tracking import Tracking
+from tests.judge_endpoint import Endpoint
 
 
 class Lines:
@@ -67,3 +69,16 @@ def run_in(run_at: Run, tmp_path: Path, lines: Lines) -> Run:
         return run_at(root, component, settings, inputs, lines)
 
     return run
+
+
+@pytest.fixture
+def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
+    """A judge that the test tells what to say."""
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    made = Endpoint()
+    thread = threading.Thread(target=made.server.serve_forever, args=(0.02,))
+    thread.start()
+    yield made
+    made.server.shutdown()
+    made.server.server_close()
+    thread.join()

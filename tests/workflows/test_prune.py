@@ -18,6 +18,9 @@ from components.contract import (
     open_store,
     run_component,
 )
+from components.evaluate.answering import to_jsonl
+from components.evaluate.benchmarks import Files
+from components.evaluate.outcomes import files_note
 from components.register import Register, RegisterSettings
 from llava.errors import RefusedInput
 from workflows.prune import prune
@@ -42,6 +45,10 @@ class Made(Component):
     def run(self, job: Job) -> None:
         job.folder.write("model/config.json", b"{}")
         job.metrics[METRIC] = 50.0
+        row = {"id": "1", "question": "?", "expected": "yes", "answers": {"right_image": "yes"}}
+        job.folder.write("answers.jsonl", to_jsonl([row]))
+        exam = {"benchmark": "vqa", "digest": "exam", "folder": "", "scores": {"exact_match": 100.0}}
+        job.notes["exams"] = {"vqa": exam | {"files": files_note(Files(answers=Path("answers.jsonl")))}}
 
 
 @pytest.fixture

@@ -1,0 +1,131 @@
+"""Evaluation pictures that the model was trained on, found by the hash of their bytes.
+
+The training data is what the model's own artifacts say they were made from. A picture that was scaled or saved again
+has another hash and is not found.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from components.contract import Artifact, Store, open_store, read_artifact
+from llava.data.schema import IMAGE_COLUMNS
+
+TRAIN = "train/"
+_MAKERS = ("instruct", "filter", "shard", "finetune", "pretrain", "backbones")
+
+
+@dataclass(frozen=True)
+class Contamination:
+    """What a look through the training data found."""
+
+    datasets: list[str]
+    """Those that were looked through."""
+    unknown: list[str]
+    """What the model was made from that is not found: digests, URIs of further datasets."""
+    pictures: frozenset[str]
+    """Hashes of evaluation pictures that are among them."""
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The training files of one dataset."""
+
+    folder: Store
+    keys: tuple[str, ...]
+
+
+def look(model: Artifact, stores: Collection[Store], pictures: Collection[str]) -> Contamination:
+    """Look for `pictures` (hex sha256 of the files) in everything that `model` was trained on; uses Ray.
+
+    `stores`: the roots to look for its datasets in.
+    """
+    datasets, unknown = _lineage(model, [_root_of(model), *stores])
+    found: set[str] = set()
+    if pictures and datasets:
+        import ray
+
+        wanted = ray.put(frozenset(pictures))
+        seek = ray.remote(num_cpus=1, max_retries=2)(_seek)
+        tasks = [seek.remote(dataset.folder, key, wanted) for dataset in datasets for key in dataset.keys]
+        for hits in ray.get(tasks):
+            found |= hits
+    return Contamination([dataset.folder.uri for dataset in datasets], unknown, frozenset(found))
+
+
+def _lineage(model: Artifact, stores: Collection[Store]) -> tuple[list[_Files], list[str]]:
+    """The datasets that the model, and the models it was made from, were trained on; what is not found."""
+    datasets: list[_Files] = []
+    unknown: list[str] = []
+    waiting, seen = [model], {model.digest}
+    while waiting:
+        manifest = waiting.pop().manifest
+        for uri in (one["uri"] for one in manifest.run.get("extra", ())):
+            extra = _extra(uri)
+            if extra is None:
+                unknown.append(uri)
+            elif extra not in datasets:
+                datasets.append(extra)
+        for digest in manifest.inputs.values():
+            if digest in seen:
+                continue
+            seen.add(digest)
+            found = find_artifact(digest, stores)
+            if found is None:
+                unknown.append(digest)
+            elif keys := _training(file.path for file in found.manifest.files):
+                datasets.append(_Files(found.folder, keys))
+            else:
+                waiting.append(found)
+    return datasets, unknown
+
+
+def _extra(uri: str) -> _Files | None:
+    """A further dataset of a training stage: an artifact, or a folder of Parquet files."""
+    folder = open_store(uri)
+    names = [entry.key for entry in folder.list() if entry.key.endswith(".parquet")]
+    keys = _training(names) or tuple(names)
+    return _Files(folder, keys) if keys else None
+
+
+def _training(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(name for name in names if name.startswith(TRAIN) and name.endswith(".parquet"))
+
+
+def find_artifact(digest: str, stores: Collection[Store]) -> Artifact | None:
+    """The finished artifact with that digest in one of the roots, whatever made it; None where there is none."""
+    for store in stores:
+        for component in _MAKERS:
+            found = read_artifact(store.sub(f"{component}/{digest[:16]}"))
+            if found is not None and found.digest == digest:
+                return found
+    return None
+
+
+def _root_of(model: Artifact) -> Store:
+    return open_store(model.uri.rsplit("/", 2)[0])
+
+
+def _seek(folder: Store, key: str, wanted: frozenset[str]) -> set[str]:
+    """Those of `wanted` that are pictures in one Parquet file; memory holds one row group."""
+    filesystem, base = folder.arrow()
+    hits: set[str] = set()
+    with pq.ParquetFile(f"{base}/{key}", filesystem=filesystem) as file:
+        columns = [name for name in IMAGE_COLUMNS if name in file.schema_arrow.names]
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group, columns=columns)
+            for data in {data for name in columns for data in _bytes(table[name])}:
+                hits |= wanted & {hashlib.sha256(data).hexdigest()}
+    return hits
+
+
+def _bytes(column: Any) -> Iterator[bytes]:
+    for cell in column.to_pylist():
+        for image in cell if isinstance(cell, list) else [cell]:
+            if image:
+                yield image["bytes"]
