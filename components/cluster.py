@@ -7,7 +7,11 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+from components.contract.provenance import source_digest
+from llava.errors import RefusedInput
 
 
 def prepare() -> None:
@@ -40,6 +44,39 @@ def connect() -> None:
     if threading.current_thread() is threading.main_thread():
         # Ray puts its own handler in the place of the command's, whose exit status is a promise.
         signal.signal(signal.SIGTERM, terminated)
+    if os.environ.get("RAY_ADDRESS"):
+        compare_code()
+
+
+def compare_code() -> None:
+    """Raise RefusedInput where a node's workers run other code than this process.
+
+    That comes of `ray job submit --working-dir`: workers import what was uploaded, the command `llava` itself is the
+    one that is installed. Nodes that join later run from the same image and the same folder as those that are seen.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    ours = source_digest()
+    look = ray.remote(num_cpus=0)(source_digest)
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    asked = [
+        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
+        for node in nodes
+    ]
+    for node, answer in zip(nodes, asked, strict=True):
+        try:
+            theirs = ray.get(answer)[:12]
+        except ray.exceptions.TaskUnschedulableError:
+            continue  # the node died meanwhile
+        except ray.exceptions.RayTaskError:
+            theirs = "older code, which cannot tell"
+        if theirs != ours[:12]:
+            raise RefusedInput(
+                f"driver and workers run different code: this process {ours[:12]} from {Path(__file__).parents[1]}, "
+                f"workers on node {node[:8]} {theirs}: submit a folder that is the installed package, or none, or "
+                "start with `python -m workflows.cli` so that the driver too runs the uploaded folder"
+            )
 
 
 @contextmanager

@@ -4,11 +4,11 @@ import json
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-from llava.errors import LlavaError, Preempted
+from llava.errors import LlavaError, Preempted, RefusedInput
 
 app = typer.Typer(
     name="llava",
@@ -53,13 +53,35 @@ def _stage_command(stage: str, does: str) -> None:
 for _stage, _does in {
     "backbones": "Join a vision tower and a language model into a stock LLaVA folder.",
     "shard": "Turn photos, captions and boxes into Parquet shards.",
-    "instruct": "Write conversations from captions and boxes.",
     "pretrain": "Stage 1: train the projector.",
     "finetune": "Stage 2: train the projector and the language model.",
     "evaluate": "Answer held-out questions and score the answers.",
     "register": "Register the model, as champion or challenger.",
 }.items():
     _stage_command(_stage, _does)
+
+
+@app.command()
+def instruct(
+    preset: Preset,
+    root: Root = "runs",
+    set_: Set = None,
+    json_: AsJson = False,
+    wait: Wait = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Only print the prompts about three photos, and tokens, time and cost."
+        ),
+    ] = False,
+) -> None:
+    """Write conversations from captions and boxes. Whatever it needs that is not finished runs first."""
+    if not dry_run:
+        return _run(preset, root, set_, json_, wait, "instruct")
+    from workflows import config as configs
+    from workflows.dry_run import dry_run as show_what_it_takes
+
+    show_what_it_takes(configs.load(preset, set_ or []), root, wait)
 
 
 @app.command()
@@ -87,6 +109,240 @@ def show(
     show_artifact(uri)
 
 
+Answers = Annotated[
+    Path | None,
+    typer.Option(help="What the model answered: JSONL of question_id, prompt, text; or see above."),
+]
+Questions = Annotated[
+    Path | None, typer.Option(help="The question file (question_id, image, text, category).")
+]
+Labels = Annotated[
+    list[str] | None,
+    typer.Option(metavar="[SPLIT=]FILE", help="The right answers; repeat with SPLIT= for pope."),
+]
+Splits = Annotated[Path | None, typer.Option(help="scienceqa: pid_splits.json.")]
+Split = Annotated[str, typer.Option(help="scienceqa: which list of --splits.")]
+Reviews = Annotated[
+    list[Path] | None,
+    typer.Option(help="A judge's reviews; repeat for several runs (mm-vet: the grade file)."),
+]
+MaxFailed = Annotated[
+    float,
+    typer.Option(min=0, max=1, help="Share of failed judgements above which there is no score (status 2)."),
+]
+Partial = Annotated[
+    bool, typer.Option("--partial", help="captions: leave out annotated images without a caption.")
+]
+
+
+@app.command(
+    help="""Score answers that others produced: files in, numbers out.
+
+    BENCHMARK is vqa, pope, scienceqa, llava-bench, captions, mme, mmbench or mm-vet. Scores are unrounded and in
+    percent, but for captions (the scale of pycocoevalcap) and mme, which counts points. docs/evaluation.md lists the
+    files of each. Rows that are missing, doubled or unknown are refused with their numbers.
+    """
+)
+def score(
+    benchmark: Annotated[str, typer.Argument(help="Which benchmark.")],
+    answers: Answers = None,
+    questions: Questions = None,
+    labels: Labels = None,
+    splits: Splits = None,
+    split: Split = "test",
+    reviews: Reviews = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            help="Another model's answers: scienceqa's ensembles, or what a live judge compares with."
+        ),
+    ] = None,
+    partial: Partial = False,
+    max_failed: MaxFailed = 0.5,
+    judge: Annotated[
+        str | None, typer.Option(help="Ask this model for the reviews that are missing (OPENAI_API_KEY).")
+    ] = None,
+    judge_url: Annotated[str | None, typer.Option(help="The judge's endpoint, ending in /v1.")] = None,
+    judge_seconds: Annotated[
+        float, typer.Option(min=0.1, help="Time after which a reply counts as failed.")
+    ] = 60.0,
+    judge_swap: Annotated[
+        bool, typer.Option("--judge-swap", help="Every second --reviews file shows the candidate first.")
+    ] = False,
+    context: Annotated[
+        Path | None, typer.Option(help="llava-bench with a judge: notes on the pictures (image, caption).")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    from components.evaluate.benchmarks import Files
+    from components.evaluate.judge import JudgeSettings
+    from workflows import score as scoring
+
+    named = scoring.label_files(labels or [])
+    files = Files(answers, questions, named, splits, split, reviews or [], reference, partial, max_failed)
+    if judge is not None:
+        settings = JudgeSettings(model=judge, url=judge_url, seconds=judge_seconds)
+        scoring.run_judge(settings, benchmark, files, context, judge_swap)
+    scored = scoring.score(benchmark, files)
+    if json_:
+        scoring.print_json(scoring.as_json(scored))
+    else:
+        scoring.show(scored)
+
+
+@app.command(
+    help="""Compare models on the same questions: paired bootstrap, what changed, and whether the gate would open.
+
+    MODEL_A MODEL_B ...: models:/NAME@ALIAS, artifacts, LLaVA folders or evaluations, each against the first; who has
+    not sat the exam of the others sits it now. Or BENCHMARK BASE NEW: answers that others produced, with the files of
+    `llava score`.
+    """
+)
+def compare(
+    names: Annotated[
+        list[str], typer.Argument(metavar="MODEL_A MODEL_B ...|BENCHMARK BASE NEW", help="What is compared.")
+    ],
+    root: Root = "runs",
+    score: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A score that decides (of models: BENCHMARK/SCORE); repeat. Default: the headline."
+        ),
+    ] = None,
+    questions: Questions = None,
+    labels: Labels = None,
+    splits: Splits = None,
+    split: Split = "test",
+    base_reviews: Annotated[list[Path] | None, typer.Option(help="Reviews of BASE.")] = None,
+    new_reviews: Annotated[list[Path] | None, typer.Option(help="Reviews of NEW.")] = None,
+    partial: Partial = False,
+    max_failed: MaxFailed = 0.5,
+    minimum_difference: Annotated[float, typer.Option(min=0, help="A gain counts only above this.")] = 0.0,
+    confidence: Annotated[float, typer.Option(help="Width of the interval whose lower end decides.")] = 0.95,
+    floor: Annotated[
+        list[str] | None, typer.Option(metavar="SCORE=VALUE", help="A score that the new one must reach.")
+    ] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the pictures, for BASE and NEW.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write compare.md with changed questions there.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    from components.evaluate.benchmarks import BENCHMARKS, Files
+    from workflows import compare as comparing
+    from workflows.score import label_files, print_json
+
+    rule = comparing.Rule(score or [], minimum_difference, confidence, floor or [])
+    if names[0] not in BENCHMARKS:
+        from workflows import compare_models
+
+        compare_models.command(names, root, rule, out, json_)
+        return
+    if len(names) != 3:
+        raise RefusedInput(f"compare {names[0]}: give BASE and NEW, the answers of two models")
+    named = label_files(labels or [])
+
+    def files(answers: str, reviews: list[Path] | None) -> Files:
+        return Files(Path(answers), questions, named, splits, split, reviews or [], None, partial, max_failed)
+
+    duel = comparing.of_files(names[0], files(names[1], base_reviews), files(names[2], new_reviews), rule)
+    if out is not None:
+        comparing.write_page({}, [duel], comparing.in_folder(images), out)
+    if json_:
+        print_json(comparing.as_json(duel.comparisons[names[0]], duel.verdict))
+    else:
+        comparing.show(duel)
+
+
+@app.command()
+def submit(
+    preset: Annotated[
+        str | None, typer.Argument(metavar="PRESET", help="A preset; default: the template's.")
+    ] = None,
+    command: Annotated[
+        Literal["train", "retrain"] | None, typer.Option(help="What runs; default: what the template says.")
+    ] = None,
+    root: Annotated[str | None, typer.Option(help="s3://bucket/prefix; default: the template's.")] = None,
+    drop: Annotated[list[str] | None, typer.Option(help="Where new data comes in, for retrain.")] = None,
+    set_: Set = None,
+    template: Annotated[str, typer.Option(help="The suspended RayJob that is copied.")] = "llava",
+    namespace: Annotated[str, typer.Option("--namespace", "-n", help="Where it is.")] = "llava",
+    context: Annotated[str | None, typer.Option(help="Of the kubeconfig.")] = None,
+    scheduled: Annotated[
+        str | None, typer.Option(metavar="MINUTE|JOB", help="The run's minute, in its name; default: now.")
+    ] = None,
+    if_new: Annotated[bool, typer.Option("--if-new", help="Only if a drop holds something new.")] = False,
+    allow_parallel: Annotated[
+        bool, typer.Option("--allow-parallel", help="Also while another run is on (else: status 5).")
+    ] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Follow states and log until it ends.")] = False,
+) -> None:
+    """Start a run on Kubernetes: a copy of the template RayJob, once per minute and name."""
+    from workflows import submit as submitting
+    from workflows.cluster.api import Cluster
+
+    request = submitting.Request(
+        command, preset, root, drop or (), set_ or (), template, scheduled, if_new, allow_parallel, watch
+    )
+    if name := submitting.submit(request, Cluster(namespace, context)):
+        print(name, flush=True)
+
+
+@app.command()
+def retrain(
+    preset: Preset,
+    drop: Annotated[list[str], typer.Option(help="Where new data comes in: a folder or s3://; repeat.")],
+    root: Root = "runs",
+    set_: Set = None,
+    json_: AsJson = False,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Wait while another retraining of the root is on (else: status 5).")
+    ] = False,
+) -> None:
+    """Train on new drops: old and new data, the gate against the champion; nothing new is status 0 and no run."""
+    from workflows import config as configs
+
+    config = configs.load(preset, set_ or [])
+    from workflows import retrain as retraining
+    from workflows import train as workflow
+    from workflows.summary import show as show_summary
+
+    done = retraining.retrain(config, root, drop, wait)
+    if done.summary is not None:
+        show_summary(done.summary, workflow.open_workspace(config.name, root))
+    if json_:
+        print(json.dumps(done.as_json()), flush=True)
+
+
+By = Annotated[str | None, typer.Option(help="Who decides; default: the user's name here.")]
+Reason = Annotated[str, typer.Option(help="Why; it stays with the version.")]
+
+
+@app.command()
+def promote(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The registered model.")],
+    version: Annotated[str, typer.Argument(metavar="VERSION", help="The version that becomes champion.")],
+    root: Root = "runs",
+    by: By = None,
+    reason: Reason = "",
+) -> None:
+    """Make a version the champion by hand."""
+    from workflows import promote as promoting
+
+    promoting.promote(name, version, root, by, reason)
+
+
+@app.command()
+def rollback(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The registered model.")],
+    root: Root = "runs",
+    by: By = None,
+    reason: Reason = "",
+) -> None:
+    """Make the champion before this one the champion again."""
+    from workflows import promote as promoting
+
+    promoting.rollback(name, root, by, reason)
+
+
 @app.command()
 def prune(
     root: Root = "runs",
@@ -104,6 +360,22 @@ def prune(
     from workflows.prune import prune as prune_root
 
     prune_root(root, yes, timedelta(minutes=fresh))
+
+
+@app.command()
+def estimate(
+    preset: Preset,
+    gpus: Annotated[int, typer.Option(min=1, help="How many GPUs.")] = 8,
+    gpu: Annotated[str, typer.Option(help="Their kind, such as a100-80g, h100-80g, h200-141g.")] = "h100-80g",
+    mfu: Annotated[float, typer.Option(help="Share of the peak that training is taken to reach.")] = 0.4,
+    price_per_hour: Annotated[float | None, typer.Option(min=0, help="Of one GPU, in any currency.")] = None,
+    set_: Set = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """Say what each stage needs on these GPUs, how long it takes, and how to run it. Nothing is fetched."""
+    from workflows.estimate import run
+
+    run(preset, set_ or [], gpus, gpu, mfu, price_per_hour, json_)
 
 
 def _run(preset: str, root: str, overrides: list[str] | None, as_json: bool, wait: bool, until: str) -> None:

@@ -106,5 +106,7 @@ def _with_inputs(waiting: Sequence[str], artifacts: dict[str, Artifact]) -> set[
         if digest not in kept:
             kept.add(digest)
             if digest in artifacts:
-                left += artifacts[digest].manifest.inputs.values()
+                manifest = artifacts[digest].manifest
+                # Further datasets of a training stand among what came from outside, by their digests.
+                left += [*manifest.inputs.values(), *manifest.external.values()]
     return kept

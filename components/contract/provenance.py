@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import platform
 import subprocess
 from importlib import metadata
@@ -10,6 +11,7 @@ from pathlib import Path
 
 _LIBRARIES = ("torch", "ray", "deepspeed", "transformers", "mlflow", "pyarrow")
 _PACKAGE = "llava-workflow"
+_SOURCES = ("llava", "components", "workflows")
 
 
 @functools.cache
@@ -22,6 +24,17 @@ def code_revision() -> str:
     ):
         return f"{commit}-dirty" if _git(root, "status", "--porcelain", "--untracked-files=no") else commit
     return f"{_PACKAGE} {_version(_PACKAGE)}"
+
+
+def source_digest() -> str:
+    """Hex sha256 of the code that this process runs: every .py and .yaml of our packages, wherever they lie."""
+    root = Path(__file__).resolve().parents[2]
+    digest = hashlib.sha256()
+    for path in sorted(path for name in _SOURCES for path in (root / name).rglob("*")):
+        if path.suffix in (".py", ".yaml"):
+            contents = hashlib.sha256(path.read_bytes()).hexdigest()
+            digest.update(f"{path.relative_to(root).as_posix()} {contents}\n".encode())
+    return digest.hexdigest()
 
 
 def versions() -> dict[str, str]:
