@@ -7,10 +7,9 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from components.contract.provenance import source_digest
+from components.contract.provenance import installed_root, source_digest, source_root
 from llava.errors import RefusedInput
 
 
@@ -49,33 +48,37 @@ def connect() -> None:
 
 
 def compare_code() -> None:
-    """Raise RefusedInput where a node's workers run other code than this process.
+    """Raise RefusedInput where the code of this process is not that of the installed package, or of a node's workers.
 
-    That comes of `ray job submit --working-dir`: workers import what was uploaded, the command `llava` itself is the
-    one that is installed. Nodes that join later run from the same image and the same folder as those that are seen.
+    That comes of `ray job submit --working-dir`, whose folder stands before the image's package, in every process or
+    (where PYTHONPATH is changed) in the workers alone. Nodes that join later run from the same image and folder.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    ours = source_digest()
-    look = ray.remote(num_cpus=0)(source_digest)
+    ours, installed = source_digest(), installed_root()
+    if installed is not None and source_digest(installed) != ours:
+        raise RefusedInput(
+            f"the uploaded folder ({source_root()}, code {ours[:12]}) is not the installed package ({installed}, code "
+            f"{source_digest(installed)[:12]}): submit without --working-dir, or make the image anew from that folder"
+        )
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    look = ray.remote(num_cpus=0)(source_digest)
     asked = [
         look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
         for node in nodes
     ]
     for node, answer in zip(nodes, asked, strict=True):
         try:
-            theirs = ray.get(answer)[:12]
+            theirs = ray.get(answer)
         except ray.exceptions.TaskUnschedulableError:
             continue  # the node died meanwhile
         except ray.exceptions.RayTaskError:
-            theirs = "older code, which cannot tell"
-        if theirs != ours[:12]:
+            theirs = "older code"  # it has no such function
+        if theirs != ours:
             raise RefusedInput(
-                f"driver and workers run different code: this process {ours[:12]} from {Path(__file__).parents[1]}, "
-                f"workers on node {node[:8]} {theirs}: submit a folder that is the installed package, or none, or "
-                "start with `python -m workflows.cli` so that the driver too runs the uploaded folder"
+                f"driver and workers run different code: {ours[:12]} from {source_root()} here, {theirs[:12]} on node "
+                f"{node[:8]}: submit without --working-dir, or leave PYTHONPATH as Ray sets it"
             )
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 _LIBRARIES = ("torch", "ray", "deepspeed", "transformers", "mlflow", "pyarrow")
 _PACKAGE = "llava-workflow"
@@ -17,7 +20,7 @@ _SOURCES = ("llava", "components", "workflows")
 @functools.cache
 def code_revision() -> str:
     """The git commit of this checkout ("-dirty" with uncommitted changes), else the package's version."""
-    root = Path(__file__).resolve().parents[2]
+    root = source_root()
     # An installed copy may lie inside somebody else's repository.
     if _git(root, "rev-parse", "--show-toplevel") == str(root) and (
         commit := _git(root, "rev-parse", "HEAD")
@@ -26,9 +29,26 @@ def code_revision() -> str:
     return f"{_PACKAGE} {_version(_PACKAGE)}"
 
 
-def source_digest() -> str:
-    """Hex sha256 of the code that this process runs: every .py and .yaml of our packages, wherever they lie."""
-    root = Path(__file__).resolve().parents[2]
+def source_root() -> Path:
+    """The folder that holds the packages which this process runs."""
+    return Path(__file__).resolve().parents[2]
+
+
+def installed_root() -> Path | None:
+    """The folder of the packages as they are installed here, editable or not; None where they are not."""
+    try:
+        distribution = metadata.distribution(_PACKAGE)
+    except metadata.PackageNotFoundError:
+        return None
+    origin = json.loads(distribution.read_text("direct_url.json") or "{}")
+    if origin.get("dir_info", {}).get("editable"):
+        return Path(url2pathname(urlparse(origin["url"]).path)).resolve()
+    return Path(str(distribution.locate_file(""))).resolve()
+
+
+def source_digest(root: Path | None = None) -> str:
+    """Hex sha256 of the code under `root`, or else of what this process runs: our packages' .py and .yaml files."""
+    root = root or source_root()
     digest = hashlib.sha256()
     for path in sorted(path for name in _SOURCES for path in (root / name).rglob("*")):
         if path.suffix in (".py", ".yaml"):

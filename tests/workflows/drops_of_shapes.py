@@ -2,13 +2,14 @@
 
 import json
 import random
+from collections.abc import Sequence
 from typing import Any
 
 from components.contract import Store
 from components.instruct.samples import samples
 from components.instruct.settings import InstructSettings
 from components.shapes import scenes
-from llava.data.schema import Row
+from llava.data.schema import ObjectCell, Row
 from workflows.drops import READY
 
 SETTINGS = InstructSettings(
@@ -21,14 +22,14 @@ def records(seed: int, count: int, wrong: bool = False) -> list[tuple[dict[str, 
     """Records and their pictures; `wrong`: every answer is one that was given to another question."""
     made = []
     for number, scene in enumerate(scenes(seed, count, "train")):
-        objects = [{"category": category, "bbox": list(box)} for category, box in scene.objects]
+        objects: list[ObjectCell] = [{"category": name, "bbox": list(box)} for name, box in scene.objects]
         row: Row = {
             "id": scene.id, "width": scene.width, "height": scene.height, "captions": list(scene.captions),
             "objects": objects, "conversations": None, "kinds": None, "type": None,
         }  # fmt: skip
         (sample,) = samples(row, SETTINGS)
         turns = sample["conversations"] or []
-        record = {
+        record: dict[str, Any] = {
             "id": f"{seed}-{number}",
             "image": f"{number}.png",
             "conversations": [dict(t) for t in turns],
@@ -44,10 +45,7 @@ def records(seed: int, count: int, wrong: bool = False) -> list[tuple[dict[str, 
 
 
 def arrive(
-    place: Store,
-    made: list[tuple[dict[str, Any], bytes]],
-    bad: list[Any] = (),
-    ready: bool = True,  # type: ignore[assignment]
+    place: Store, made: list[tuple[dict[str, Any], bytes]], bad: Sequence[Any] = (), ready: bool = True
 ) -> None:
     """Write a drop; `bad`: further records (a text: a line as it is)."""
     lines = [json.dumps(record) for record, _ in made]

@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from urllib.request import Request, urlopen
 import psutil
 import pytest
 
-from components.contract import open_artifact
+from components.contract import open_artifact, open_store
 from components.models import Registry
 from tests.conftest import S3Server
 from tests.workflows.test_workflow import SMALL
@@ -93,9 +94,12 @@ def _wait_until_jobs_are_taken(env: dict[str, str], process: "subprocess.Popen[b
     raise AssertionError(f"no job was taken: {done.stderr}\n{log.read_text()}")
 
 
-def submit(env: dict[str, str], *entrypoint: str) -> "subprocess.CompletedProcess[str]":
+def submit(
+    env: dict[str, str], *entrypoint: str, folder: Path | None = None
+) -> "subprocess.CompletedProcess[str]":
+    uploaded = ["--working-dir", str(folder)] if folder else []
     return subprocess.run(
-        [str(BIN / "ray"), "job", "submit", "--", *entrypoint],
+        [str(BIN / "ray"), "job", "submit", *uploaded, "--", *entrypoint],
         env=env, capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
 
@@ -129,3 +133,39 @@ def test_a_refused_job_fails_with_the_workflows_own_status_in_its_log(head: Head
     assert done.returncode != 0
     assert "finetune.epoch: unknown key" in done.stdout + done.stderr
     assert "exit code 2" in done.stdout + done.stderr
+
+
+@pytest.fixture
+def upload(tmp_path: Path) -> Path:
+    """A folder with our packages, as `--working-dir .` takes them."""
+    for name in ("llava", "components", "workflows"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(Path(__file__).parents[2] / name, tmp_path / "upload" / name, ignore=ignored)
+    return tmp_path / "upload"
+
+
+@pytest.mark.parametrize(
+    ("before", "says"),
+    [
+        ((), "is not the installed package"),
+        (("env", "-u", "PYTHONPATH"), "driver and workers run different code"),
+    ],
+    ids=["driver and workers run the folder", "only workers run the folder"],
+)
+def test_an_uploaded_folder_that_differs_from_the_installed_package_stops_the_run(
+    head: Head, upload: Path, s3_root: str, before: tuple[str, ...], says: str
+) -> None:
+    with (upload / "components" / "pretrain.py").open("a") as changed:
+        changed.write("# not what is installed\n")
+    done = submit(head.env, *before, "llava", "backbones", "tiny", "--root", s3_root, folder=upload)
+    log = done.stdout + done.stderr
+    assert done.returncode != 0
+    assert says in log
+    assert "exit code 2" in log
+    assert not [entry for entry in open_store(s3_root).list() if entry.key.endswith("manifest.json")]
+
+
+def test_the_same_folder_uploaded_is_the_same_code(head: Head, upload: Path) -> None:
+    code = "import ray; from components.cluster import connect; connect(); print('the same')"
+    done = submit(head.env, "python", "-c", code, folder=upload)
+    assert done.returncode == 0, done.stdout + done.stderr

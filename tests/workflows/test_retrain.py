@@ -44,6 +44,7 @@ class Story:
     registry: Registry
     mlflow: MlflowClient
     env: dict[str, str]
+    """Of a command that works on it, in the same Ray cluster."""
 
     def config(self, *more: str) -> configs.WorkflowConfig:
         return configs.load("tiny", [*SETTINGS, f"name={NAME}", f"register.name={NAME}", *more])
@@ -77,7 +78,8 @@ def story(
             patch.setenv(name, value)
         root = f"s3://{BUCKET}/{uuid4().hex[:12]}"
         client = MlflowClient(tracking_uri=mlflow_uri)
-        made = Story(root, open_store(f"{root}-in"), Registry(mlflow_uri), client, env)
+        made = Story(root, open_store(f"{root}-in"), Registry(mlflow_uri), client,
+                     {**env, "RAY_ADDRESS": ray_local, "RAY_AUTH_MODE": "disabled"})  # fmt: skip
         config = made.config()
         train.run(config, train.open_workspace(config.name, root))
         assert made.aliases() == {"champion": "1"}

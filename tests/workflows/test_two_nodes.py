@@ -1,0 +1,75 @@
+"""A Ray cluster of two nodes, one of which dies while stage 2 trains: the run goes on with the other one."""
+
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ray.cluster_utils import Cluster
+
+from components.contract import open_artifact
+from tests.workflows.test_training_drills import WAIT, arguments, rows
+from tests.workflows.test_workflow import LLAVA, environment
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A head with room for one worker."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 150 * 2**20})
+    try:
+        yield made
+    finally:
+        made.shutdown()
+
+
+def start(root: Path, cluster: Cluster, log: Path) -> "subprocess.Popen[bytes]":
+    """`llava finetune` on the cluster: two workers, or as many as there is room for."""
+    sets = ["--set", "finetune.min_workers=1", "--set", "pretrain.workers=1"]
+    env = environment(
+        RAY_ADDRESS=cluster.address, RAY_AUTH_MODE="disabled", RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2"
+    )
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [*LLAVA, *arguments({"pretrain": 2, "finetune": 2}), *sets, "--root", str(root)],
+            cwd=root.parent, env=env, stdout=output, stderr=output, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+
+
+def curve(root: Path) -> list[tuple[list[str], float]]:
+    """The samples and the loss of each step."""
+    (manifest,) = root.glob("finetune/*/manifest.json")
+    artifact = open_artifact(manifest.parent)
+    losses = [line["train/loss"] for line in rows(artifact, "history.jsonl")]
+    samples = [line["ids"] for line in rows(artifact, "samples.jsonl")]
+    return list(zip(samples, losses, strict=True))
+
+
+def test_a_lost_node_costs_no_sample_and_the_run_ends_with_the_same_curve(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    other = cluster.add_node(num_cpus=1, object_store_memory=150 * 2**20)
+    lost = start(tmp_path / "lost", cluster, log)
+    try:
+        deadline = time.monotonic() + WAIT
+        while not list((tmp_path / "lost").glob("finetune/*/checkpoints/*/COMMITTED")):
+            assert lost.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        cluster.remove_node(other, allow_graceful=False)
+        assert lost.wait(WAIT) == 0, log.read_text()
+    finally:
+        lost.kill()
+    assert "resuming after step" in log.read_text()
+    cluster.add_node(num_cpus=1, object_store_memory=150 * 2**20)
+    undisturbed = start(tmp_path / "undisturbed", cluster, log)
+    try:
+        assert undisturbed.wait(WAIT) == 0, log.read_text()
+    finally:
+        undisturbed.kill()
+    ours, theirs = curve(tmp_path / "lost"), curve(tmp_path / "undisturbed")
+    assert [sorted(ids) for ids, _ in ours] == [sorted(ids) for ids, _ in theirs]
+    assert [loss for _, loss in ours] == pytest.approx([loss for _, loss in theirs], abs=1e-4)
