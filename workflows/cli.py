@@ -404,9 +404,13 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminated)
     try:
         app()
-    except LlavaError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(error.exit_status)
+    except (LlavaError, SystemError) as error:
+        # Ray's compiled calls wrap what the signal handler raises inside them.
+        told = error.__cause__ if isinstance(error, SystemError) else error
+        if not isinstance(told, LlavaError):
+            raise
+        print(f"error: {told}", file=sys.stderr, flush=True)
+        sys.exit(told.exit_status)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)

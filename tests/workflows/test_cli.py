@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from components.contract import acquire, open_store
+from llava.errors import Preempted
 from tests.tiny_llava import tiny_llava
 from workflows import cli
 
@@ -123,3 +124,16 @@ def test_ask_answers_about_a_picture_and_refuses_what_is_none(llava: Command, tm
     status, out, err = llava(*asked, "text.png")
     assert (status, out) == (2, "")
     assert "text.png" in err
+
+
+def test_a_signal_inside_a_compiled_call_of_ray_keeps_its_status(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped() -> None:
+        raise SystemError("returned a result with an exception set") from Preempted("stopped by SIGTERM")
+
+    monkeypatch.setattr(cli, "app", stopped)
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 4
+    assert capsys.readouterr().err == "error: stopped by SIGTERM\n"
