@@ -149,6 +149,7 @@ def test_a_drop_that_is_copied_again_is_nothing_new(story: Story) -> None:
     assert len(story.runs()) == before
 
 
+@pytest.mark.drill
 def test_poor_data_keeps_the_champion_though_the_run_is_killed_and_started_twice(story: Story) -> None:
     arrive(story.incoming.sub("tuesday"), records(12, 300, wrong=True))
     sets = [

@@ -47,6 +47,7 @@ def curve(root: Path) -> list[tuple[list[str], float]]:
     return list(zip(samples, losses, strict=True))
 
 
+@pytest.mark.drill
 def test_a_lost_node_costs_no_sample_and_the_run_ends_with_the_same_curve(
     cluster: Cluster, tmp_path: Path
 ) -> None:
