@@ -8,6 +8,7 @@ import torch
 from pyarrow import fs
 
 from components.shapes import scenes
+from llava import lora
 from llava import model as models
 from llava.conversation import Encoder
 from llava.data.collate import Collator
@@ -66,15 +67,25 @@ class Pieces:
     module: models.LlavaForTraining
 
 
-def pieces(model: Path, data: Path, stage: int, tokens_per_row: int, global_batch: int = 12) -> Pieces:
-    """The pieces of one run in fp32."""
+def pieces(
+    model: Path,
+    data: Path,
+    stage: int,
+    tokens_per_row: int,
+    global_batch: int = 12,
+    adapters: lora.Lora | None = None,
+) -> Pieces:
+    """The pieces of one run in fp32; with `adapters` the language model trains through LoRA."""
     stock, processor = models.load(model, torch.float32), models.load_processor(model)
     view, template, parts = STAGES[stage]
     models.set_trainable(stock, parts)
+    if adapters is not None:
+        lora.inject(stock, adapters, seed=5)
     pixels = Pixels(processor.image_processor)
     encoder = Encoder(processor.tokenizer, template, models.image_tokens(stock.config), 2048)
     rows = ParquetRows(fs.LocalFileSystem(), [str(data)], VIEWS[view][1])
     index, _ = scan(rows, view, encoder)
     plan = Plan(index, seed=3, epochs=10, global_batch=global_batch)
     collator = Collator(rows, view, encoder, pixels, plan, tokens_per_row)
+    stock.model.language_model.train()
     return Pieces(stock, processor, encoder, rows, plan, collator, models.LlavaForTraining(stock, pixels))

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import distributed
 
+from llava.errors import LlavaError
+
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.preloaded"])
 
@@ -23,7 +25,7 @@ _CONTEXT.set_forkserver_preload(["tests.preloaded"])
 def run_group(function: Callable[..., Any], workers: int, *arguments: Any, seconds: float = 120) -> list[Any]:
     """`function(*arguments)` on each of `workers` processes of a group; what each returned, by rank.
 
-    One that raises ends the group with its traceback; one that does not end in `seconds` is killed.
+    One that raises ends the group, with its LlavaError or its traceback; one not ended in `seconds` is killed.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -48,6 +50,8 @@ def run_group(function: Callable[..., Any], workers: int, *arguments: Any, secon
             for pipe in ready:
                 rank = waiting.pop(pipe)
                 value, error = pipe.recv()
+                if isinstance(error, LlavaError):
+                    raise error
                 assert error is None, f"rank {rank}:\n{error}"
                 found[rank] = value
         return [found[rank] for rank in range(workers)]
@@ -68,5 +72,7 @@ def _member(
         distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=workers)
         pipe.send((function(*arguments), None))
         distributed.destroy_process_group()
+    except LlavaError as error:
+        pipe.send((None, error))
     except BaseException:
         pipe.send((None, traceback.format_exc()))

@@ -9,7 +9,7 @@ import torch
 
 from components.training.deepspeed_config import deepspeed_config
 from llava.training.engine import AdamW
-from tests.training import make_world, run_group
+from tests.training import make_world, train_group
 
 
 @pytest.fixture(scope="module")
@@ -21,12 +21,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_a_run_moves_from_two_workers_to_one_to_four_and_through_the_zero_stages(
     world: tuple[Path, Path], tmp_path: Path, stage: int
 ) -> None:
-    alone, weights = run_group(world, 1, stage=stage)
+    alone, weights = train_group(world, 1, stage=stage)
     losses: list[float] = []
     folder = None
     for number, (workers, zero, until) in enumerate(((2, 2, 4), (1, 1, 8), (4, 3, 12))):
         saved = tmp_path / str(number)
-        some, others = run_group(
+        some, others = train_group(
             world, workers, stage=stage, zero=zero, resume=folder, stop_at=until, save=saved
         )
         losses += some
@@ -44,20 +44,20 @@ def test_lora_trains_in_zero_as_in_plain_torch_and_resumes_exactly(
         "checkpointing": "full",
         "scales": (("model.multi_modal_projector.", 0.1),),
     }
-    plain, expected = run_group(world, 2, **options)
-    losses, weights = run_group(world, 2, zero=zero, **options)
+    plain, expected = train_group(world, 2, **options)
+    losses, weights = train_group(world, 2, zero=zero, **options)
     assert losses == pytest.approx(plain, abs=1e-4)
     assert torch.allclose(weights, expected, atol=1e-4)
-    begun, _ = run_group(world, 2, zero=zero, stop_at=5, save=tmp_path / "checkpoint", **options)
-    resumed, again = run_group(world, 2, zero=zero, resume=tmp_path / "checkpoint", **options)
+    begun, _ = train_group(world, 2, zero=zero, stop_at=5, save=tmp_path / "checkpoint", **options)
+    resumed, again = train_group(world, 2, zero=zero, resume=tmp_path / "checkpoint", **options)
     assert begun + resumed == losses
     assert torch.equal(again, weights)
 
 
 @pytest.mark.parametrize("zero", [2, 3])
 def test_saving_memory_changes_nothing_in_zero(world: tuple[Path, Path], zero: int) -> None:
-    plain, expected = run_group(world, 1)
-    saving, weights = run_group(world, 2, zero=zero, checkpointing="selective", fused=True)
+    plain, expected = train_group(world, 1)
+    saving, weights = train_group(world, 2, zero=zero, checkpointing="selective", fused=True)
     assert saving == pytest.approx(plain, abs=1e-4)
     assert torch.allclose(weights, expected, atol=1e-4)
 

@@ -12,7 +12,8 @@ from llava.training import checkpoint
 from llava.training.engine import AdamW, PlainEngine
 from llava.training.guards import SpikeGuard
 from llava.training.loop import Schedule, train
-from tests.training import build, make_world, run_group
+from tests.mixed_batches import pieces
+from tests.training import make_world, train_group
 
 
 @pytest.fixture(scope="module")
@@ -22,19 +23,19 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def test_a_resumed_run_ends_with_the_very_same_weights(world: tuple[Path, Path], tmp_path: Path) -> None:
-    losses, weights = run_group(world, 2)
+    losses, weights = train_group(world, 2)
     saved = tmp_path / "checkpoint"
-    begun, _ = run_group(world, 2, stop_at=8, save=saved)
-    resumed, again = run_group(world, 2, resume=saved)
+    begun, _ = train_group(world, 2, stop_at=8, save=saved)
+    resumed, again = train_group(world, 2, resume=saved)
     assert begun + resumed == losses
     assert torch.equal(again, weights)
-    alone, close = run_group(world, 1, resume=saved)
+    alone, close = train_group(world, 1, resume=saved)
     assert alone == pytest.approx(losses[8:], abs=1e-4)
     assert torch.allclose(close, weights, atol=1e-4)
 
 
 def test_a_checkpoint_of_another_run_is_refused(world: tuple[Path, Path], tmp_path: Path) -> None:
-    run_group(world, 1, stop_at=2, save=tmp_path / "checkpoint")
+    train_group(world, 1, stop_at=2, save=tmp_path / "checkpoint")
     with pytest.raises(LlavaError, match="seed differ"):
         checkpoint.read(tmp_path / "checkpoint", {"seed": 4})
 
@@ -42,18 +43,18 @@ def test_a_checkpoint_of_another_run_is_refused(world: tuple[Path, Path], tmp_pa
 def test_a_checkpoint_is_refused_where_what_is_frozen_is_not_the_same(
     world: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    run_group(world, 1, stage=1, stop_at=2, save=tmp_path / "checkpoint")
+    train_group(world, 1, stage=1, stop_at=2, save=tmp_path / "checkpoint")
     stock = models.load(world[0], torch.float32)
     with torch.no_grad():
         stock.model.language_model.layers[1].mlp.down_proj.weight[3, 5] += 1e-6
     stock.save_pretrained(tmp_path / "model")
     models.load_processor(world[0]).save_pretrained(tmp_path / "model")
     with pytest.raises(LlavaError, match="frozen differ"):
-        run_group((tmp_path / "model", world[1]), 1, stage=1, resume=tmp_path / "checkpoint")
+        train_group((tmp_path / "model", world[1]), 1, stage=1, resume=tmp_path / "checkpoint")
 
 
 def test_a_checkpoint_holds_what_trains_and_no_pickle(world: tuple[Path, Path], tmp_path: Path) -> None:
-    run_group(world, 1, stage=1, stop_at=2, save=tmp_path / "checkpoint")
+    train_group(world, 1, stage=1, stop_at=2, save=tmp_path / "checkpoint")
     parts = ("exp_avg", "exp_avg_sq", "weights")
     files = {path.name for path in (tmp_path / "checkpoint").iterdir()}
     assert files == {"state.json", *(f"{part}.safetensors" for part in parts)}
@@ -76,15 +77,15 @@ def test_only_what_should_train_gets_trained(world: tuple[Path, Path]) -> None:
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_samples_of_every_rank(
     world: tuple[Path, Path], tmp_path: Path, workers: int
 ) -> None:
-    run_group(world, 1, stop_at=1, save=tmp_path / "checkpoint")
+    train_group(world, 1, stop_at=1, save=tmp_path / "checkpoint")
     weights = load_file(tmp_path / "checkpoint" / "weights.safetensors")
     weights["model.multi_modal_projector.linear_1.weight"].fill_(float("nan"))
     save_file(weights, tmp_path / "checkpoint" / "weights.safetensors")
     with pytest.raises(LlavaError, match=r"step 2: .* is no number") as stopped:
-        run_group(world, workers, resume=tmp_path / "checkpoint")
-    pieces = build(*world, stage=2, tokens_per_row=1000)
+        train_group(world, workers, resume=tmp_path / "checkpoint")
+    made = pieces(*world, stage=2, tokens_per_row=1000)
     for rank in range(workers):
-        for name in pieces.collator.step(1, rank, workers).ids:
+        for name in made.collator.step(1, rank, workers).ids:
             assert name in str(stopped.value).split(f"rank {rank}: ")[1].split(";")[0]
 
 
@@ -96,9 +97,9 @@ def test_a_jump_of_the_loss_is_found_once_there_is_something_to_compare_with() -
 
 
 def test_parts_may_learn_at_rates_of_their_own(world: tuple[Path, Path]) -> None:
-    pieces = build(*world, stage=2, tokens_per_row=1000)
-    engine = PlainEngine(pieces.module, AdamW(scales=(("model.multi_modal_projector.", 0.0),)), 1.0)
+    made = pieces(*world, stage=2, tokens_per_row=1000)
+    engine = PlainEngine(made.module, AdamW(scales=(("model.multi_modal_projector.", 0.0),)), 1.0)
     before = {name: value.detach().clone() for name, value in engine.named.items()}
-    train(engine, pieces.collator, Schedule(3, 1e-2, 0.1), 0, lambda report: False)
+    train(engine, made.collator, Schedule(3, 1e-2, 0.1), 0, lambda report: False)
     still = {name for name, value in engine.named.items() if torch.equal(value, before[name])}
     assert still == {name for name in before if "multi_modal_projector" in name}

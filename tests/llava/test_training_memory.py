@@ -10,7 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava.training import memory
-from tests.training import Pieces, build, make_world
+from tests.mixed_batches import Pieces, pieces
+from tests.training import make_world
 
 
 @pytest.fixture(scope="module")
@@ -34,28 +35,28 @@ def gradients(
     world: tuple[Path, Path], change: Callable[[Pieces], None], stage: int = 2
 ) -> tuple[float, dict[str, torch.Tensor], Counter[str]]:
     """Loss, gradients and operators of one step after `change`."""
-    pieces = build(*world, stage, tokens_per_row=1500)
-    change(pieces)
+    made = pieces(*world, stage, tokens_per_row=1500)
+    change(made)
     with Operators() as operators:
-        loss = sum(pieces.module(row) for row in pieces.collator.step(0, 0, 1).rows)
+        loss = sum(made.module(row) for row in made.collator.step(0, 0, 1).rows)
         loss.backward()
-    named = {name: value.grad for name, value in pieces.module.named_parameters() if value.grad is not None}
+    named = {name: value.grad for name, value in made.module.named_parameters() if value.grad is not None}
     return float(loss.detach()), named, operators.counted
 
 
-def language_model(pieces: Pieces) -> Any:
-    return pieces.stock.model.language_model
+def language_model(made: Pieces) -> Any:
+    return made.stock.model.language_model
 
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_activations_computed_again_give_the_very_same_gradients(
     world: tuple[Path, Path], stage: int
 ) -> None:
-    loss, expected, plain = gradients(world, lambda pieces: None, stage)
+    loss, expected, plain = gradients(world, lambda made: None, stage)
     products, elementwise = {}, {}
 
     def saving(how: memory.Checkpointing) -> Callable[[Pieces], None]:
-        return lambda pieces: memory.checkpoint_activations(language_model(pieces), how)
+        return lambda made: memory.checkpoint_activations(language_model(made), how)
 
     for how in ("selective", "full"):
         again, found, counted = gradients(world, saving(how), stage)
@@ -70,21 +71,21 @@ def test_activations_computed_again_give_the_very_same_gradients(
 def test_a_fused_loss_gives_the_same_loss_and_gradients(world: tuple[Path, Path]) -> None:
     if not memory.can_fuse_loss():
         pytest.skip("this torch has no linear_cross_entropy")
-    loss, expected, _ = gradients(world, lambda pieces: None)
-    fused, found, _ = gradients(world, lambda pieces: memory.fuse_loss(pieces.module))
+    loss, expected, _ = gradients(world, lambda made: None)
+    fused, found, _ = gradients(world, lambda made: memory.fuse_loss(made.module))
     assert fused == pytest.approx(loss, rel=1e-6)
     for name, gradient in expected.items():
         assert torch.allclose(found[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max())), name
 
 
 def test_compiled_layers_give_the_same_gradients(world: tuple[Path, Path]) -> None:
-    loss, expected, _ = gradients(world, lambda pieces: None)
-    pieces = build(*world, 2, tokens_per_row=1500)
+    loss, expected, _ = gradients(world, lambda made: None)
+    made = pieces(*world, 2, tokens_per_row=1500)
     # What the compiler sees is traced and run as it is; generating code takes a minute on a CPU.
-    memory.compile_layers(language_model(pieces), backend="eager")
-    total = sum(pieces.module(row) for row in pieces.collator.step(0, 0, 1).rows)
+    memory.compile_layers(language_model(made), backend="eager")
+    total = sum(made.module(row) for row in made.collator.step(0, 0, 1).rows)
     total.backward()
     assert float(total.detach()) == pytest.approx(loss, rel=1e-6)
-    for name, parameter in pieces.module.named_parameters():
+    for name, parameter in made.module.named_parameters():
         if name in expected:
             assert torch.allclose(parameter.grad, expected[name], rtol=1e-4, atol=1e-5), name
