@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from components.contract.provenance import installed_root, source_digest, source_root
-from llava.errors import RefusedInput
+from llava.errors import LlavaError, RefusedInput
 
 
 def prepare() -> None:
@@ -91,3 +91,20 @@ def disconnecting() -> Iterator[None]:
     finally:
         if not before and "ray" in sys.modules and sys.modules["ray"].is_initialized():
             sys.modules["ray"].shutdown()
+
+
+@contextmanager
+def failures_told(died: str) -> Iterator[None]:
+    """A LlavaError of a task or actor comes out as it is; an actor that died for good is one that says `died`."""
+    from ray.exceptions import RayActorError, RayTaskError
+
+    try:
+        yield
+    except RayTaskError as error:
+        if isinstance(error.cause, LlavaError):
+            raise error.cause from None
+        raise
+    except RayActorError as error:
+        raise LlavaError(
+            f"{died} ({str(error).splitlines()[0]}); what was done is kept: run again"
+        ) from error

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
+from components.cluster import failures_told
 from components.contract import Artifact, Folder
 from components.evaluate.showing import Picture, blank
-from llava.errors import LlavaError
 
 RIGHT, BLANK, WRONG = "right_image", "blank_image", "wrong_image"
 SAY_EVERY_SECONDS = 5.0
@@ -156,23 +156,18 @@ def _answers(model: Artifact, waiting: Sequence[list[Ask]], workers: int) -> Ite
     if not waiting:
         return
     import ray
-    from ray.exceptions import RayActorError, RayTaskError
     from ray.util import ActorPool
 
     gpus = 1 if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1 else 0
     remote = ray.remote(Answerer).options(num_cpus=1, num_gpus=gpus, max_restarts=2, max_task_retries=2)
     actors = [remote.remote(model) for _ in range(min(workers, len(waiting)))]
     try:
-        yield from ActorPool(actors).map_unordered(lambda actor, batch: actor.answer.remote(batch), waiting)
-    except RayTaskError as error:
-        if isinstance(error.cause, LlavaError):
-            raise error.cause from None
-        raise
-    except RayActorError as error:
-        raise LlavaError(
-            f"a worker that answers questions died ({str(error).splitlines()[0]}); answers are kept: "
-            "run again, with fewer workers or a smaller batch_size if memory ran out"
-        ) from error
+        with failures_told(
+            "a worker that answers questions died; fewer workers or a smaller batch_size take less memory"
+        ):
+            yield from ActorPool(actors).map_unordered(
+                lambda actor, batch: actor.answer.remote(batch), waiting
+            )
     finally:
         for actor in actors:
             ray.kill(actor)

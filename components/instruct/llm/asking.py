@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from components.cluster import failures_told
 from components.contract import Folder, Guard, Job
 from components.instruct.llm.endpoint import Endpoint
 from components.instruct.llm.limits import Budget, Gate, Limits, Pace, SharedLimits, Tokens
@@ -19,7 +20,6 @@ from components.instruct.llm.prompts import Prompts
 from components.instruct.llm.requests import Request, Requests
 from components.instruct.llm.responses import Writer, stored
 from components.instruct.settings import InstructSettings
-from llava.errors import LlavaError
 
 SAY_EVERY_SECONDS = 5.0
 CHECK_EVERY_SECONDS = 5.0
@@ -153,7 +153,6 @@ class Asker:
 def ask_all(job: Job, work: Work, missing: int, spent: Tokens) -> Tally:
     """Ask for everything that is missing; returns what that came to. Ray must be initialised."""
     import ray
-    from ray.exceptions import RayActorError, RayTaskError
 
     settings = work.settings
     count = min(settings.askers, settings.concurrency, missing)
@@ -171,23 +170,15 @@ def ask_all(job: Job, work: Work, missing: int, spent: Tokens) -> Tally:
     total, running = Tally(), {actor.ask.remote(shared): actor for actor in actors}
     progress = _Progress(job, settings, missing, spent)
     try:
-        while running:
-            done, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
-            for reference in done:
-                del running[reference]
-                total.add(ray.get(reference))
-            if progress.due():
-                job.lease.check()
-                progress.say(total, _so_far(list(running.values())))
-    except RayTaskError as error:
-        if isinstance(error.cause, LlavaError):
-            raise error.cause from None
-        raise
-    except RayActorError as error:
-        raise LlavaError(
-            f"a process that asks the teacher died {RESTARTS + 1} times ({str(error).splitlines()[0]}); "
-            "what was answered is kept: run again"
-        ) from error
+        with failures_told(f"a process that asks the teacher died {RESTARTS + 1} times"):
+            while running:
+                done, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
+                for reference in done:
+                    del running[reference]
+                    total.add(ray.get(reference))
+                if progress.due():
+                    job.lease.check()
+                    progress.say(total, _so_far(list(running.values())))
     finally:
         for actor in [*actors, *([shared] if shared else [])]:
             ray.kill(actor)
