@@ -10,7 +10,7 @@ train: .venv/installed
 	$(BIN)/llava train tiny
 
 test: .venv/installed-test lint
-	$(BIN)/python -m pytest -m "not drill" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not drill" -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

@@ -26,6 +26,9 @@ import psutil
 import pytest
 import ray
 
+# Tests run side by side: more threads than cores only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 BUCKET = "llava-tests"
 PHOTOS = Path(__file__).parents[1] / ".." / "shared" / "data" / "coco"
 WAIT = 90.0  # seconds: a busy machine starts slowly
@@ -51,31 +54,52 @@ class S3Server:
         }
 
 
+class SeaweedFS:
+    """SeaweedFS on free ports with data of its own; it may be stopped and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._access_key, self._secret_key = f"test-{uuid4().hex[:12]}", uuid4().hex
+        identity = {
+            "name": "tests",
+            "credentials": [{"accessKey": self._access_key, "secretKey": self._secret_key}],
+            "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+        }
+        config = folder / "s3.json"
+        config.write_text(json.dumps({"identities": [identity]}))
+        (folder / "data").mkdir()
+        master, volume, filer, s3, admin = (str(port) for port in _free_ports(5, also_plus=10_000))
+        self._endpoint = f"http://127.0.0.1:{s3}"
+        self._command = [
+            str(Path(sys.executable).parent / "weed"), "mini", f"-dir={folder / 'data'}",
+            "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-master.port={master}", f"-volume.port={volume}",
+            f"-filer.port={filer}", f"-s3.port={s3}", f"-admin.port={admin}", "-admin.ui=false", "-webdav=false",
+            f"-s3.config={config}", "-s3.autoCreateBucket=false", "-s3.port.iceberg=0", "-s3.port.lance=0",
+            "-master.telemetry=false",
+        ]  # fmt: skip
+
+    @contextmanager
+    def running(self) -> Iterator[S3Server]:
+        """Started, and killed at the end; what was acknowledged is there when it starts again."""
+        log = self._folder / "log"
+        with _server(self._command, log, {}) as pid:
+            server = S3Server(self._endpoint, self._access_key, self._secret_key, pid)
+            _wait_for(lambda: _bucket_takes_writes(server), pid, log)
+            yield server
+
+
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """SeaweedFS on free ports with one pair of credentials and one bucket."""
-    folder = tmp_path_factory.mktemp("seaweedfs")
-    access_key, secret_key = f"test-{uuid4().hex[:12]}", uuid4().hex
-    identity = {
-        "name": "tests",
-        "credentials": [{"accessKey": access_key, "secretKey": secret_key}],
-        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
-    }
-    config = folder / "s3.json"
-    config.write_text(json.dumps({"identities": [identity]}))
-    (folder / "data").mkdir()
-    master, volume, filer, s3, admin = (str(port) for port in _free_ports(5, also_plus=10_000))
-    command = [
-        str(Path(sys.executable).parent / "weed"), "mini", f"-dir={folder / 'data'}",
-        "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-master.port={master}", f"-volume.port={volume}",
-        f"-filer.port={filer}", f"-s3.port={s3}", f"-admin.port={admin}", "-admin.ui=false", "-webdav=false",
-        f"-s3.config={config}", "-s3.autoCreateBucket=false", "-s3.port.iceberg=0", "-s3.port.lance=0",
-        "-master.telemetry=false",
-    ]  # fmt: skip
-    with _server(command, folder / "log", {}) as pid:
-        server = S3Server(f"http://127.0.0.1:{s3}", access_key, secret_key, pid)
-        _wait_for(lambda: _bucket_takes_writes(server), pid, folder / "log")
+    with SeaweedFS(tmp_path_factory.mktemp("seaweedfs")).running() as server:
         yield server
+
+
+@pytest.fixture
+def own_s3(tmp_path: Path) -> SeaweedFS:
+    """A server of the test's own, to be started and stopped by it."""
+    (tmp_path / "seaweedfs").mkdir()
+    return SeaweedFS(tmp_path / "seaweedfs")
 
 
 @pytest.fixture(scope="session")
