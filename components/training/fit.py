@@ -1,6 +1,8 @@
 """A training stage as a component's work: measure the data, run the Ray Train job, read what came out."""
 
+import contextlib
 import threading
+import time
 import uuid
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
@@ -135,13 +137,27 @@ def _fit(trainer: Any, teller: Teller, job: Job) -> None:
             f"stopping: saving a checkpoint first (for {grace:.0f} s at most; once more to leave at once)"
         )
         teller.stop()
-        try:
-            done.result(timeout=grace)
-        except NotYet:
-            job.say("no checkpoint in that time; the one before stays")
-        if (step := teller.stopped_after()) is not None:
-            job.say(f"saved after step {step}")
+        step = _saved(done, teller, job)
+        job.say(
+            "no checkpoint in that time; the one before stays" if step is None else f"saved after step {step}"
+        )
         raise
+
+
+def _saved(done: Future[None], teller: Teller, job: Job) -> int | None:
+    """The step after which the workers saved, as soon as they tell; None where `fit` or `stop_grace` ends before.
+
+    `fit` itself may never return: where the whole process group was signalled, the local cluster is going down as well.
+    """
+    end = time.monotonic() + job.settings.stop_grace
+    while time.monotonic() < end:
+        with contextlib.suppress(NotYet):
+            if failure := done.exception(timeout=0.5):
+                job.say(f"while stopping: {failure}")
+            break
+        if (step := teller.stopped_after()) is not None:
+            return step
+    return teller.stopped_after()
 
 
 def _raise_told(teller: Teller) -> None:

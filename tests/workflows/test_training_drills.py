@@ -6,6 +6,7 @@ made each step, and what MLflow holds.
 """
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -70,6 +71,8 @@ class Drill:
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
+                # A process group of its own, as a shell or a scheduler gives.
+                start_new_session=True,
             )
 
     def wait(self) -> int:
@@ -159,11 +162,27 @@ def terminate(drill: Drill) -> None:
     assert drill.wait() == 4, drill.log.read_text()
 
 
+def terminate_group(drill: Drill) -> None:
+    """SIGTERM to every process of the group at once, as `timeout` and batch schedulers send it."""
+    assert drill.driver is not None
+    os.killpg(drill.driver.pid, signal.SIGTERM)
+    assert drill.wait() == 4, drill.log.read_text()
+
+
+def interrupt(drill: Drill) -> None:
+    """Ctrl-C: as SIGTERM, with the shell's status."""
+    assert drill.driver is not None
+    drill.driver.send_signal(signal.SIGINT)
+    assert drill.wait() == 130, drill.log.read_text()
+
+
 KINDS: dict[str, Callable[[Drill], None]] = {
     "worker": kill_worker,
     "driver": kill_driver,
     "cluster": kill_cluster,
     "SIGTERM": terminate,
+    "SIGTERM to the group": terminate_group,
+    "Ctrl-C": interrupt,
 }
 
 
