@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from components.contract import Entry, Store, open_store, sha256_of
+from llava.errors import RefusedInput
 
 READY = "_READY"
 RECORDS = "drops"
@@ -33,23 +34,34 @@ class Drop:
 
 @dataclass(frozen=True)
 class Looked:
-    """What a look at the prefixes found: `new` drops, and those that are still being written, by URI."""
+    """What a look at the prefixes found."""
 
     new: list[Drop]
     waiting: list[str]
+    """Drops that are still being written, by URI."""
+    empty: list[str]
+    """Prefixes under which nothing at all lies: nothing has come in yet, or the prefix is mistyped."""
 
 
 def look(root: str, prefixes: Sequence[str], settle: float = SETTLE_S) -> Looked:
     """The finished drops under `prefixes` that `root` has no record of; `settle`: seconds between two listings.
 
-    Raises RefusedInput for a URI that is neither a folder nor s3://, StoreError where a store is away.
+    Raises RefusedInput for a folder that does not exist and a URI that is neither a folder nor s3://, StoreError
+    where a store is away.
     """
     records = open_store(root)
     new: list[Drop] = []
     waiting: list[str] = []
+    empty: list[str] = []
     for prefix in prefixes:
         store = open_store(prefix)
+        if store.local_path is not None and not store.local_path.is_dir():
+            raise RefusedInput(
+                f"--drop {prefix}: there is no folder {store.uri}; correct the path, or make the folder"
+            )
         found = _folders(store)
+        if not found and next(iter(store.list()), None) is None:
+            empty.append(store.uri)
         waiting += [f"{store.uri}/{name}" for name, files in found.items() if not _is_marked(files)]
         candidates = {
             name: drop
@@ -65,7 +77,7 @@ def look(root: str, prefixes: Sequence[str], settle: float = SETTLE_S) -> Looked
                 new.append(drop)
             else:
                 waiting.append(drop.uri)
-    return Looked(new, waiting)
+    return Looked(new, waiting, empty)
 
 
 def pending(root: str, prefixes: Sequence[str], settle: float = SETTLE_S) -> list[Drop]:

@@ -8,7 +8,7 @@ was killed goes on with its plan, whatever else came in or became champion meanw
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from components.contract import (
@@ -105,17 +105,20 @@ def retrain(config: WorkflowConfig, root: str, prefixes: Sequence[str], wait: bo
     """Take the finished drops under `prefixes` that `root` has not taken, and train on them.
 
     Nothing new: no cluster, no MLflow run. Raises AlreadyRunning while another retraining of the root is on (with
-    `wait`: waits for it), RefusedInput over `retrain.max_bad`; run again, it goes on from what is there.
+    `wait`: waits for it), RefusedInput over `retrain.max_bad` and for a drop folder that does not exist; run again,
+    it goes on from what is there.
     """
     store = open_store(root)
     looked = look(root, prefixes, config.retrain.settle)
     for uri in looked.waiting:
         say(f"{uri} waits: no {READY} lies in it yet, or its files still change", "retrain")
+    for uri in looked.empty:
+        say(f"nothing at all lies under {uri}: is it where new data comes in?", "retrain")
     if not looked.new and store.stat(PLAN) is None:
         return _nothing_new(looked)
     with acquire(store.sub(PLACE), wait=wait, say=lambda text: say(text, "retrain")):
         # Whoever held the lease before may have taken these drops.
-        looked = Looked(look(root, prefixes, 0).new, looked.waiting)
+        looked = replace(looked, new=look(root, prefixes, 0).new)
         plan = _standing(store, looked) or _plan(config, root, store, looked)
         if plan is None:
             return _nothing_new(looked)

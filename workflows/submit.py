@@ -117,6 +117,8 @@ def _anything_new(entrypoint: Entrypoint) -> bool:
     looked = look(entrypoint.root, entrypoint.drops)
     for uri in looked.waiting:
         say(f"still being written: {uri}")
+    for uri in looked.empty:
+        say(f"nothing at all lies under {uri}: is it where new data comes in?")
     for drop in looked.new:
         say(f"new: {drop.uri} ({drop.files:,} files, {drop.size / 2**20:,.1f} MiB)")
     if not looked.new:

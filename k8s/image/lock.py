@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-PACKAGE = f"{HERE.parents[1]}[captions,judge,k8s,lora,mlflow-server,teacher]"
+PACKAGE = f"{HERE.parents[1]}[captions,concepts,judge,k8s,lora,mlflow-server,teacher]"
 HEAD = "# Made by `python k8s/image/lock.py`; see there.\n"
 
 

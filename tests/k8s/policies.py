@@ -22,6 +22,8 @@ KUBERAY_LABELS = {"ray.io/is-ray-node": "yes", "ray.io/cluster": "any"}
 RAY_PORTS = {"gcs-server": 6379, "dashboard": 8265, "client": 10001, "metrics": 8080}
 RAY_NODES = {"matchLabels": {"ray.io/is-ray-node": "yes"}}
 SUBMITTERS = {"matchExpressions": [{"key": "ray.io/originated-from-cr-name", "operator": "Exists"}]}
+STOP_WAITS = {"RAY_JOB_STOP_WAIT_TIME_S": 3, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": 30}
+"""How long Ray waits before it kills a stopped job, and the processes of a node that got SIGTERM; and its defaults."""
 _SECRET_NAME = re.compile(r"(password|secret|token|_key|credential)", re.I)
 _UNITS = {"m": 1e-3, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "": 1}
 
@@ -224,6 +226,33 @@ def ray_jobs_are_templates_that_kuberay_takes(objects: list[Object]) -> Breaches
             yield f"{cluster['metadata']['name']}: costs nodes before anybody asks for it"
 
 
+def a_run_that_is_stopped_has_time_to_save(objects: list[Object]) -> Breaches:
+    """`stop_grace` of the preset < what Ray waits after SIGTERM < what the pods that train, and the head, are given."""
+    settings = next(
+        each["data"] for each in of_kind(objects, "ConfigMap") if "settings" in each["metadata"]["name"]
+    )
+    for job in of_kind(objects, "RayJob"):
+        entrypoint = Entrypoint.parse(filled(job["spec"]["entrypoint"]))
+        config = configs.load(entrypoint.preset, entrypoint.sets)
+        saves = max(config.pretrain.stop_grace, config.finetune.stop_grace)
+        waits = {name: float(settings.get(name, least)) for name, least in STOP_WAITS.items()}
+        yield from (
+            f"{name} is {wait:g}, stop_grace {saves:g}" for name, wait in waits.items() if wait <= saves
+        )
+        cluster = job["spec"]["rayClusterSpec"]
+        groups = {group["groupName"]: group["template"]["spec"] for group in cluster["workerGroupSpecs"]}
+        training = {
+            name: pod for name, pod in groups.items() if any(map(_has_gpus, _containers(pod)))
+        } or groups
+        for name, pod in {"head": cluster["headGroupSpec"]["template"]["spec"], **training}.items():
+            if (given := pod.get("terminationGracePeriodSeconds", 30)) <= max(waits.values()):
+                yield f"{name}: terminationGracePeriodSeconds {given}, Ray waits {max(waits.values()):g}"
+
+
+def _has_gpus(container: Object) -> bool:
+    return quantity(container["resources"]["limits"].get("nvidia.com/gpu", 0)) > 0
+
+
 def the_schedule_never_overlaps_or_piles_up(objects: list[Object]) -> Breaches:
     """Forbid, a time zone, a deadline to start, and a name short enough for its Jobs."""
     for cron in of_kind(objects, "CronJob"):
@@ -382,6 +411,7 @@ EVERYWHERE: list[Callable[[list[Object]], Breaches]] = [
     rights_are_named_and_few,
     every_port_is_covered,
     ray_jobs_are_templates_that_kuberay_takes,
+    a_run_that_is_stopped_has_time_to_save,
     the_schedule_never_overlaps_or_piles_up,
     names_fit_and_references_lead_somewhere,
     a_queue_can_hold_what_it_is_asked_for,

@@ -166,6 +166,32 @@ BREAKS: list[tuple[str, Callable[[list[Object]], Any], str]] = [
         "token authentication",
     ),
     (
+        "a_run_that_is_stopped_has_time_to_save",
+        lambda o: _pod(o, "RayJob/llava.spec.rayClusterSpec.headGroupSpec").pop(
+            "terminationGracePeriodSeconds"
+        ),
+        "head: terminationGracePeriodSeconds 30",
+    ),
+    (
+        "a_run_that_is_stopped_has_time_to_save",
+        lambda o: _pod(o, "RayJob/llava.spec.rayClusterSpec.workerGroupSpecs[1]").update(
+            terminationGracePeriodSeconds=60
+        ),
+        "gpu: terminationGracePeriodSeconds 60",
+    ),
+    (
+        "a_run_that_is_stopped_has_time_to_save",
+        lambda o: _one(o, "ConfigMap")["data"].pop("RAY_JOB_STOP_WAIT_TIME_S"),
+        "RAY_JOB_STOP_WAIT_TIME_S is 3, stop_grace 60",
+    ),
+    (
+        "a_run_that_is_stopped_has_time_to_save",
+        lambda o: _one(o, "RayJob")["spec"].update(
+            entrypoint="llava train tiny --set finetune.stop_grace=600"
+        ),
+        "stop_grace 600",
+    ),
+    (
         "the_schedule_never_overlaps_or_piles_up",
         lambda o: _one(o, "CronJob")["spec"].update(concurrencyPolicy="Allow"),
         "concurrencyPolicy",
@@ -226,7 +252,11 @@ def _run_of(objects: list[Object]) -> Object:
     return rayjob.copy_of(template, name, entrypoint)
 
 
-@pytest.mark.parametrize("variant", [name for name in VARIANTS if not name.startswith("prod")])
+UNFILLED = [name for name in VARIANTS if name.startswith("prod") or name.endswith("irsa")]
+"""Those with inputs that only the user has."""
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in UNFILLED])
 def test_the_copy_of_the_template_is_a_rayjob_that_submit_takes(variant: str) -> None:
     run = _run_of(render(variant))
     rayjob.check(run)
@@ -236,17 +266,45 @@ def test_the_copy_of_the_template_is_a_rayjob_that_submit_takes(variant: str) ->
     assert ("kueue.x-k8s.io/queue-name" in run["metadata"]["labels"]) is queued
 
 
-def test_prod_as_shipped_is_refused_for_its_placeholders() -> None:
+@pytest.mark.parametrize("variant", UNFILLED)
+def test_what_is_shipped_with_placeholders_is_refused_for_them(variant: str) -> None:
     with pytest.raises(RefusedInput, match=r"is still a placeholder \(.*replace-me"):
-        rayjob.check(_run_of(render("prod")))
+        rayjob.check(_run_of(render(variant)))
+
+
+PROD = K8S / "overlays" / "prod"
+WORDS = [
+    (path.relative_to(PROD).as_posix(), word)
+    for path in sorted(PROD.rglob("*.yaml"))
+    for line in path.read_text().splitlines()
+    for word in line.partition("#")[0].split()
+    if "replace-me" in word or "0" * 64 in word
+]
+"""The inputs of `prod`: the file, and the word that one stands in."""
+
+
+def _prod_filled(folder: Path, *left: tuple[str, str]) -> Object:
+    """The run of `prod` with its inputs filled in, all but those that are `left`."""
+    shutil.copytree(K8S, folder / "k8s")
+    for path in PROD.rglob("*.yaml"):
+        name = path.relative_to(PROD).as_posix()
+        text = policies.filled(path.read_text())
+        for file, word in left:
+            text = text.replace(policies.filled(word), word) if file == name else text
+        (folder / "k8s/overlays/prod" / name).write_text(text)
+    return _run_of(list(yaml.load_all(build(folder / "k8s/overlays/prod"), yaml.CSafeLoader)))
+
+
+@pytest.mark.parametrize("left", WORDS, ids=[word[:60] for _, word in WORDS])
+def test_one_input_of_prod_that_is_not_filled_in_is_enough_to_be_refused(
+    tmp_path: Path, left: tuple[str, str]
+) -> None:
+    with pytest.raises(RefusedInput, match="is still a placeholder"):
+        rayjob.check(_prod_filled(tmp_path, left))
 
 
 def test_prod_with_its_inputs_filled_in_is_taken_and_a_tag_is_not(tmp_path: Path) -> None:
-    shutil.copytree(K8S, tmp_path / "k8s")
-    for path in (tmp_path / "k8s/overlays/prod").rglob("*.yaml"):
-        path.write_text(policies.filled(path.read_text()))
-    objects = list(yaml.load_all(build(tmp_path / "k8s/overlays/prod"), yaml.CSafeLoader))
-    run = _run_of(objects)
+    run = _prod_filled(tmp_path)
     rayjob.check(run)
     tagged = copy.deepcopy(run)
     head = tagged["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
@@ -263,6 +321,25 @@ def test_the_inputs_of_prod_are_all_found_by_one_word() -> None:
     assert [
         line for line in left if ".invalid" in line or "0" * 64 in line or re.search("s3://|_revision=", line)
     ] == []
+
+
+def test_ray_reads_the_waits_that_the_settings_give() -> None:
+    """Both are Ray's own names: where a release drops one, a stopped run would be killed after seconds again."""
+    code = "".join(
+        (Path(ray.__file__).parent / name).read_text()
+        for name in ("_private/ray_constants.py", "dashboard/modules/job/job_supervisor.py")
+    )
+    assert [name for name in policies.STOP_WAITS if f'"{name}"' not in code] == []
+
+
+def test_every_template_waits_for_the_lease_of_a_cluster_that_died() -> None:
+    for variant in VARIANTS:
+        (template,) = of_kind(render(variant), "RayJob")
+        entrypoint = rayjob.Entrypoint.parse(template["spec"]["entrypoint"])
+        changed = entrypoint.with_overrides("train", "tiny", "s3://b/r", ["s3://b/d"], ["finetune.epochs=2"])
+        for one in (entrypoint, changed):
+            assert str(one).split().count("--wait") == 1, variant
+            policies.parse(str(one).split())
 
 
 def test_the_cluster_runs_the_ray_that_is_installed_and_locked() -> None:

@@ -1,11 +1,15 @@
 """What has come in: finished drops that a root has not taken, on a folder and on S3."""
 
 import threading
+from pathlib import Path
 
 import pytest
 
 from components.contract import open_store
+from llava.errors import RefusedInput
+from workflows import config as configs
 from workflows.drops import READY, look, pending, take
+from workflows.retrain import retrain
 
 
 def arrive(prefix: str, name: str, ready: bool = True) -> None:
@@ -16,8 +20,32 @@ def arrive(prefix: str, name: str, ready: bool = True) -> None:
         store.write(READY, b"")
 
 
-def test_an_empty_prefix_holds_nothing(root: str) -> None:
-    assert look(root, [f"{root}-in"]).new == []
+def test_a_prefix_under_which_nothing_lies_holds_nothing_new_and_is_named(root: str) -> None:
+    incoming = f"{root}-in"
+    if not incoming.startswith("s3://"):
+        Path(incoming).mkdir()
+    looked = look(root, [incoming])
+    assert (looked.new, looked.waiting, looked.empty) == ([], [], [incoming])
+    arrive(incoming, "monday", ready=False)
+    assert look(root, [incoming]).empty == []
+
+
+def test_a_prefix_that_is_no_folder_is_refused(folder_root: str) -> None:
+    open_store(f"{folder_root}-in").write("a-file", b"")
+    for mistyped in (f"{folder_root}-inn", f"{folder_root}-in/a-file"):
+        with pytest.raises(RefusedInput, match=f"--drop {mistyped}: there is no folder"):
+            look(folder_root, [f"{folder_root}-in", mistyped])
+
+
+def test_a_retraining_refuses_a_mistyped_folder_and_names_a_bare_prefix(
+    folder_root: str, s3_root: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = configs.load("tiny", [])
+    with pytest.raises(RefusedInput, match="there is no folder"):
+        retrain(tiny, folder_root, [f"{folder_root}-inn"])
+    assert not Path(folder_root).exists()
+    assert retrain(tiny, folder_root, [f"{s3_root}/inn"]).result == "nothing new"
+    assert f"nothing at all lies under {s3_root}/inn" in capsys.readouterr().err
 
 
 def test_a_drop_is_new_until_it_is_taken(root: str) -> None:
@@ -70,7 +98,8 @@ def test_a_drop_whose_files_still_change_waits(folder_root: str) -> None:
 
 def test_files_right_under_the_prefix_are_no_drop(folder_root: str) -> None:
     open_store(f"{folder_root}-in").write(READY, b"")
-    assert look(folder_root, [f"{folder_root}-in"]).new == []
+    looked = look(folder_root, [f"{folder_root}-in"])
+    assert (looked.new, looked.empty) == ([], [])
 
 
 @pytest.mark.parametrize("prefixes", [2, 3])

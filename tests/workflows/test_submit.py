@@ -3,6 +3,7 @@
 import datetime
 import ipaddress
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import yaml
 from components.contract import open_store
 from llava.errors import RefusedInput
 from tests.k8s.api_server import TOKEN, ApiServer, Fault, serve
-from tests.k8s.rendering import of_kind, render
+from tests.k8s.rendering import K8S, of_kind, pods, render
 from workflows import cli
 from workflows.cluster import api, follow, rayjob
 from workflows.cluster.api import Cluster
@@ -97,7 +98,7 @@ def test_a_run_is_a_copy_of_the_template_that_is_let_go(llava: Command, server: 
     (body,) = server.bodies
     template = server.jobs["llava"]
     assert body["spec"]["entrypoint"] == (
-        "llava train tiny --root s3://bucket/root --set finetune.epochs=2 --set 'instruct.kinds=[colour, shape]'"
+        "llava train tiny --root s3://bucket/root --set finetune.epochs=2 --set 'instruct.kinds=[colour, shape]' --wait"
     )
     assert body["spec"]["suspend"] is False
     changed = ("entrypoint", "suspend")
@@ -114,7 +115,7 @@ def test_without_a_word_the_copy_does_what_the_template_says(
 ) -> None:
     template = server.jobs["llava"]
     template["spec"]["entrypoint"] = f"llava retrain tiny --root {s3_root} --drop {s3_root}/in"
-    status, out, err = llava("submit", "--scheduled", "llava-retrain-29923350")
+    status, out, err = llava("submit", "--scheduled", "job/llava-retrain-29923350")
     assert (status, out.strip()) == (0, "llava-retrain-202611230230"), err
     assert server.bodies[0]["spec"]["entrypoint"] == template["spec"]["entrypoint"]
 
@@ -297,6 +298,7 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
     (("tiny", "--root", "runs"), "s3://bucket/prefix"),
     (("tiny", "--root", "s3://me:secret@bucket/x"), "credentials"),
     (("tiny", "--scheduled", "tomorrow"), "--scheduled 'tomorrow'"),
+    (("tiny", "--scheduled", "2026-11-23T25:30"), "--scheduled '2026-11-23T25:30'"),
 ]
 
 
@@ -351,13 +353,71 @@ def test_nothing_new_makes_no_run_and_something_new_makes_one(
     status, out, err = llava(*asked)
     assert (status, out) == (0, "")
     assert f"nothing new under {incoming}" in err
+    assert f"nothing at all lies under {incoming}" in err
     assert server.requests == ["GET llava/rayjobs/llava"]
     open_store(f"{incoming}/monday").write("data.json", b"[]")
-    assert "still being written" in llava(*asked)[2]
+    err = llava(*asked)[2]
+    assert "still being written" in err and "nothing at all" not in err
     open_store(f"{incoming}/monday").write("_READY", b"")
     status, out, err = llava(*asked)
     assert (status, out.startswith("llava-retrain-")) == (0, True), err
     assert f"new: {incoming}/monday (2 files" in err
+
+
+def test_looking_for_new_data_in_a_folder_that_is_not_there_is_refused(
+    llava: Command, server: ApiServer, s3_root: str, tmp_path: Path
+) -> None:
+    asked = ("submit", "--command", "retrain", "--root", s3_root, "--drop", str(tmp_path / "inn"), "--if-new")
+    status, out, err = llava(*asked)
+    assert (status, out, f"there is no folder {tmp_path / 'inn'}" in last(err)) == (2, "", True), err
+    assert server.bodies == []
+
+
+def _words_of_the_schedules_pod(job: str) -> list[str]:
+    """What the container of the CronJob runs in a Job of this name, as Kubernetes puts it together."""
+    (cron,) = of_kind(render("base"), "CronJob")
+    ((_, pod),) = pods([cron])
+    (container,) = pod["containers"]
+    (variable,) = container["env"]
+    field = variable["valueFrom"]["fieldRef"]["fieldPath"]
+    assert field == "metadata.labels['batch.kubernetes.io/job-name']"
+    program, *words = [word.replace(f"$({variable['name']})", job) for word in container["command"]]
+    assert program == "llava"
+    return words
+
+
+def test_the_documented_command_that_looks_once_submits_what_is_new(
+    llava: Command, server: ApiServer, s3_root: str
+) -> None:
+    written = {
+        found
+        for path in (K8S.parent / "docs/cluster.md", K8S / "base/schedule.yaml")
+        for found in re.findall(r"`kubectl -n (\S+) create job --from=cronjob/(\S+) (\S+)`", path.read_text())
+    }
+    ((namespace, cron_name, job),) = written
+    (cron,) = of_kind(render("base"), "CronJob")
+    assert (namespace, cron_name) == (cron["metadata"]["namespace"], cron["metadata"]["name"])
+    template = server.jobs["llava"]
+    template["spec"]["entrypoint"] = f"llava retrain tiny --root {s3_root} --drop {s3_root}/in --wait"
+    for file in ("data.json", "_READY"):
+        open_store(f"{s3_root}/in/monday").write(file, b"[]")
+    before = datetime.datetime.now(datetime.UTC)
+    status, out, err = llava(*_words_of_the_schedules_pod(job))
+    after = datetime.datetime.now(datetime.UTC)
+    assert status == 0, err
+    name = out.strip()
+    assert name in {f"llava-retrain-{moment:%Y%m%d%H%M}" for moment in (before, after)}
+    # The pod is tried again in a later minute: no second run.
+    run = server.jobs.pop(name)
+    server.put({**run, "metadata": {**run["metadata"], "name": "llava-retrain-202301010000"}})
+    status, out, err = llava(*_words_of_the_schedules_pod(job))
+    assert (status, out, "llava-retrain-202301010000 is on" in last(err)) == (5, "", True)
+
+
+@pytest.mark.parametrize("job", ["now", "2nd-look", "look-20261123", "look-7"])
+def test_a_job_that_is_named_by_hand_means_now(job: str) -> None:
+    before = datetime.datetime.now(datetime.UTC)
+    assert before <= rayjob.minute_of(f"job/{job}") <= datetime.datetime.now(datetime.UTC)
 
 
 def _follow(llava: Command, act: Callable[[], None]) -> tuple[int, str, str]:

@@ -29,6 +29,8 @@ NAME_LIMIT = 47
 FINISHED = ("Complete", "Failed", "ValidationFailed")
 
 _NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
+# From 2023 on: a day (20261123) at the end of a name is no minute.
+_JOB_OF_A_MINUTE = re.compile(r"job/.*-((?:2[89]|[3-9]\d)\d{6})")
 _DIGEST = re.compile(r".+@sha256:[0-9a-f]{64}")
 _PLACEHOLDER = re.compile(r"replace-me|@sha256:0{64}")
 # An entrypoint is read by the shell of the submitter and again by that of the head, which drop quotes on the way.
@@ -108,16 +110,22 @@ def run_name(template: str, entrypoint: Entrypoint, minute: datetime, parallel: 
 
 
 def minute_of(scheduled: str | None) -> datetime:
-    """The minute of a run: of a CronJob's Job by its name (minutes since 1970 at its end), of an ISO time, or now."""
+    """The minute of a run: of a Job (`job/NAME`), of an ISO time, or now.
+
+    The schedule's Jobs have it at the end of their name, in minutes since 1970. One that was made by hand has none, and
+    means now: a retry of it in a later minute has another name, and finds the run of the first try on (AlreadyRunning).
+    """
     if scheduled is None:
         return datetime.now(UTC)
-    if found := re.fullmatch(r"(?:.*-)?(\d{8})", scheduled):
+    if found := _JOB_OF_A_MINUTE.fullmatch(scheduled):
         return datetime.fromtimestamp(int(found[1]) * 60, UTC)
+    if scheduled.startswith("job/"):
+        return datetime.now(UTC)
     try:
         minute = datetime.fromisoformat(scheduled)
     except ValueError:
         raise RefusedInput(
-            f"--scheduled {scheduled!r}: write 2026-11-23T02:30, or give the name of a CronJob's Job"
+            f"--scheduled {scheduled!r}: write 2026-11-23T02:30, or job/NAME for the Job of a schedule"
         ) from None
     return minute if minute.tzinfo else minute.replace(tzinfo=UTC)
 
