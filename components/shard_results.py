@@ -39,12 +39,18 @@ class Span:
 
 @dataclass
 class ShardResult:
-    """What a finished shard, or several together, came to. Files: path, size, sha256, rows, split."""
+    """What a finished shard, or several together, came to. Files: path, size, sha256, rows, split.
+
+    `made_of`: a digest of what one shard was made of, "" where nobody asked; `reused`: how many of the shards were
+    taken from an earlier artifact.
+    """
 
     files: list[dict[str, Any]] = field(default_factory=list)
     refused: list[dict[str, str]] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     spans: dict[str, Span] = field(default_factory=dict)
+    made_of: str = ""
+    reused: int = 0
 
     def add(self, other: ShardResult) -> None:
         """Take in another result."""
@@ -53,6 +59,7 @@ class ShardResult:
         self.counts.update(other.counts)
         for name, span in other.spans.items():
             self.spans.setdefault(name, Span()).add(span)
+        self.reused += other.reused
 
     def rows(self, split: str) -> int:
         """Rows of one split."""
@@ -85,15 +92,14 @@ class ShardResult:
     def to_json(self) -> bytes:
         """The record of a finished shard."""
         spans = {name: asdict(span) for name, span in self.spans.items()}
-        value = {"files": self.files, "refused": self.refused, "counts": self.counts, "spans": spans}
-        return json.dumps(value, indent=1).encode()
+        return json.dumps({**vars(self), "spans": spans}).encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> ShardResult:
         """Read back what `to_json` wrote."""
         value = json.loads(data)
         spans = {name: Span(**span) for name, span in value["spans"].items()}
-        return cls(value["files"], value["refused"], Counter(value["counts"]), spans)
+        return cls(**{**value, "counts": Counter(value["counts"]), "spans": spans})
 
 
 class Refusals:

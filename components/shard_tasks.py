@@ -4,6 +4,9 @@ A task runs a function that writes rows into a `ShardOutput`. Its Parquet files 
 whole or not at all; after them comes the record `checkpoints/shards/<name>.json`, which says that the shard is
 finished. A later run finds the record and leaves the shard alone. The function must depend on its arguments
 only, so that a second try writes the same bytes.
+
+A task may name what its rows are made of. A shard of the same in an earlier artifact of this root is then copied by the
+store (a hard link in a folder) instead of being made: a data set that grew costs what was added to it.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import ray
 
 from components.contract.component import Job
 from components.contract.store import Folder, StoreError, open_store
+from components.shard_earlier import EarlierShards, write_shards_file
 from components.shard_results import Refusals, ShardResult, Span
 from llava.data.schema import SPLITS, DatasetWriter, GroupSize, Row
 from llava.errors import LlavaError
@@ -36,7 +40,8 @@ SAY_EVERY_SECONDS = 5.0
 class ShardTask:
     """What one task does: `work(output, arguments)`, a function of a module, for about `samples` samples.
 
-    `name` is the task's own; `part` numbers its files, `train/part-00000.parquet` and so on.
+    `name` is the task's own; `part` numbers its files, `train/part-00000.parquet` and so on. `made_of(arguments)`
+    is a digest of everything that its files come from, and of nothing else; None: it is made in any case.
     """
 
     name: str
@@ -44,6 +49,7 @@ class ShardTask:
     samples: int
     work: Callable[[ShardOutput, Any], None]
     arguments: Any
+    made_of: Callable[[Any], str] | None = None
 
 
 class ShardOutput:
@@ -83,7 +89,7 @@ class ShardOutput:
         self._open.close()
         for split, writer in sorted(self._writers.items()):
             path = self._scratch / f"{split}.parquet"
-            key = f"{split}/part-{self._part:05d}.parquet"
+            key = file_of(split, self._part)
             with path.open("rb") as file:
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             self._folder.upload(path, key)
@@ -103,6 +109,7 @@ def run_shards(
     or when too many samples are refused; what is finished by then is found again by the next run.
     """
     total, waiting = ShardResult(), []
+    reusable = all(task.made_of for task in tasks)
     results = {task.name: _finished(job.folder, task.name) for task in tasks}
     for task in tasks:
         if (found := results[task.name]) is None:
@@ -111,19 +118,20 @@ def run_shards(
             total.add(found)
     progress = _Progress(job, tasks, waiting)
     refusals.check(total)
+    earlier = ray.put(EarlierShards.of(job) if waiting and reusable else None)
     at_once = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
     queue = iter(waiting)
     running: dict[Any, ShardTask] = {}
     try:
         while True:
             for task in islice(queue, at_once - len(running)):
-                running[_run.remote(job.folder.uri, task, group)] = task
+                running[_run.remote(job.folder.uri, task, group, earlier)] = task
             if not running:
                 break
             done, _ = ray.wait(list(running), num_returns=1, timeout=SAY_EVERY_SECONDS)
             for reference in done:
                 task = running.pop(reference)
-                results[task.name] = result = _outcome(reference, task)
+                result = results[task.name] = _outcome(reference, task)
                 total.add(result)
                 progress.finished(task)
                 refusals.check(total)
@@ -132,20 +140,37 @@ def run_shards(
     finally:
         for reference in running:
             ray.cancel(reference, force=True)
-    return _in_order(job, [results[task.name] for task in tasks])
+    in_order = [made for task in tasks if (made := results[task.name]) is not None]
+    if reusable:
+        write_shards_file(job.folder, in_order)
+    return _together(job, in_order)
 
 
-def _run_here(folder_uri: str, task: ShardTask, group: GroupSize) -> ShardResult:
+def _run_here(
+    folder_uri: str, task: ShardTask, group: GroupSize, earlier: EarlierShards | None = None
+) -> ShardResult:
     folder = open_store(folder_uri)
-    with tempfile.TemporaryDirectory(prefix="shard-") as scratch:
-        output = ShardOutput(
-            folder, task.part, group, Path(scratch), kept := folder.sub(f"{KEPT}/{task.name}")
-        )
-        task.work(output, task.arguments)
-        result = output.commit()
+    made_of = task.made_of(task.arguments) if task.made_of else ""
+    result = earlier.copied(made_of, folder, lambda split: file_of(split, task.part)) if earlier else None
+    if result is None:
+        result = _made(folder, task, group)
+    result.made_of = made_of
     folder.write(_record(task.name), result.to_json())
-    kept.delete_all()
+    folder.sub(f"{KEPT}/{task.name}").delete_all()
     return result
+
+
+def _made(folder: Folder, task: ShardTask, group: GroupSize) -> ShardResult:
+    with tempfile.TemporaryDirectory(prefix="shard-") as scratch:
+        kept = folder.sub(f"{KEPT}/{task.name}")
+        output = ShardOutput(folder, task.part, group, Path(scratch), kept)
+        task.work(output, task.arguments)
+        return output.commit()
+
+
+def file_of(split: str, part: int) -> str:
+    """The name of a shard's file of `split` in its artifact."""
+    return f"{split}/part-{part:05d}.parquet"
 
 
 _run = ray.remote(
@@ -183,12 +208,11 @@ def _outcome(reference: Any, task: ShardTask) -> ShardResult:
     return result
 
 
-def _in_order(job: Job, results: Sequence[ShardResult | None]) -> ShardResult:
-    """All results together in the order of the tasks, whichever finished first; their files are declared."""
+def _together(job: Job, results: Sequence[ShardResult]) -> ShardResult:
+    """All results, in the order of the tasks, whichever finished first; their files are declared."""
     together = ShardResult()
     for result in results:
-        if result is not None:
-            together.add(result)
+        together.add(result)
     for file in together.files:
         job.add_file(file["path"], file["size"], file["sha256"])
     return together

@@ -118,6 +118,7 @@ def ray_local(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> 
     os.environ.update(settings)
     try:
         context = ray.init(
+            address="local",
             num_cpus=2,
             include_dashboard=False,
             logging_level=logging.ERROR,

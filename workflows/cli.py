@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from llava.errors import LlavaError, Preempted
+from llava.errors import LlavaError, Terminated
 from workflows.cli_scores import compare, score
-from workflows.options import AsJson, Preset, Root, Set, Wait
+from workflows.options import AsJson, Preset, Profile, Root, Set, Wait
 
 app = typer.Typer(
     name="llava",
@@ -24,10 +24,20 @@ app = typer.Typer(
 
 @app.command()
 def train(
-    preset: Preset, root: Root = "runs", set_: Set = None, json_: AsJson = False, wait: Wait = False
+    preset: Preset,
+    root: Root = "runs",
+    set_: Set = None,
+    json_: AsJson = False,
+    wait: Wait = False,
+    profile: Profile = False,
 ) -> None:
     """Run the whole workflow; what is finished already is found again, what was cut short is resumed."""
-    _run(preset, root, set_, json_, wait, "register")
+    _run(preset, root, _with_profile(set_, profile), json_, wait, "register")
+
+
+def _with_profile(overrides: list[str] | None, profile: bool) -> list[str]:
+    traced = [f"{stage}.profile=true" for stage in ("pretrain", "finetune")] if profile else []
+    return [*traced, *(overrides or [])]
 
 
 def _stage_command(stage: str, does: str) -> None:
@@ -39,15 +49,30 @@ def _stage_command(stage: str, does: str) -> None:
     app.command(stage, help=f"{does} Whatever it needs that is not finished runs first.")(command)
 
 
+def _training_command(stage: str, does: str) -> None:
+    def command(
+        preset: Preset,
+        root: Root = "runs",
+        set_: Set = None,
+        json_: AsJson = False,
+        wait: Wait = False,
+        profile: Profile = False,
+    ) -> None:
+        _run(preset, root, _with_profile(set_, profile), json_, wait, stage)
+
+    app.command(stage, help=f"{does} Whatever it needs that is not finished runs first.")(command)
+
+
 for _stage, _does in {
     "backbones": "Join a vision tower and a language model into a stock LLaVA folder.",
     "shard": "Turn photos, captions and boxes into Parquet shards.",
-    "pretrain": "Stage 1: train the projector.",
-    "finetune": "Stage 2: train the projector and the language model.",
+    "filter": "Choose stage 1's captions so that rare concepts count.",
     "evaluate": "Answer held-out questions and score the answers.",
     "register": "Register the model, as champion or challenger.",
 }.items():
     _stage_command(_stage, _does)
+_training_command("pretrain", "Stage 1: train the projector.")
+_training_command("finetune", "Stage 2: train the projector and the language model.")
 
 
 @app.command()
@@ -92,7 +117,7 @@ def ask(
 def show(
     uri: Annotated[str, typer.Argument(help="An artifact: a folder or s3://bucket/prefix/component/digest.")],
 ) -> None:
-    """Print what an artifact holds and where it comes from."""
+    """Print what an artifact holds and where it comes from; its report is saved here."""
     from workflows.show import show as show_artifact
 
     show_artifact(uri)
@@ -117,7 +142,7 @@ def submit(
     namespace: Annotated[str, typer.Option("--namespace", "-n", help="Where it is.")] = "llava",
     context: Annotated[str | None, typer.Option(help="Of the kubeconfig.")] = None,
     scheduled: Annotated[
-        str | None, typer.Option(metavar="MINUTE|JOB", help="The run's minute, in its name; default: now.")
+        str | None, typer.Option(metavar="MINUTE|job/NAME", help="The run's minute, in its name; default: now.")
     ] = None,
     if_new: Annotated[bool, typer.Option("--if-new", help="Only if a drop holds something new.")] = False,
     allow_parallel: Annotated[
@@ -243,7 +268,8 @@ def _run(preset: str, root: str, overrides: list[str] | None, as_json: bool, wai
 
 
 def _terminated(number: int, frame: Any) -> None:
-    raise Preempted("stopped by SIGTERM; the same command goes on from the last checkpoint")
+    what = "SIGTERM" if number == signal.SIGTERM else "Ctrl-C"
+    raise Terminated(f"stopped by {what}; the same command goes on from the last checkpoint")
 
 
 def main() -> None:
@@ -252,18 +278,18 @@ def main() -> None:
 
     cluster.prepare()
     signal.signal(signal.SIGTERM, _terminated)
+    # Where the shell has it ignored, as in the background of a script, it stays so.
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, _terminated)
     try:
         app()
-    except (LlavaError, SystemError) as error:
+    except (LlavaError, Terminated, SystemError) as error:
         # Ray's compiled calls wrap what the signal handler raises inside them.
         told = error.__cause__ if isinstance(error, SystemError) else error
-        if not isinstance(told, LlavaError):
+        if not isinstance(told, LlavaError | Terminated):
             raise
         print(f"error: {told}", file=sys.stderr, flush=True)
         sys.exit(told.exit_status)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

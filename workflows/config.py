@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from components.backbones.component import BackbonesSettings
 from components.contract import refuse_secrets
 from components.evaluate import EvaluateSettings
+from components.filter import FilterSettings
 from components.finetune import FinetuneSettings
 from components.instruct import InstructSettings
 from components.pretrain import PretrainSettings
@@ -40,6 +41,9 @@ class WorkflowConfig(BaseModel):
         None, description="Stage 1's own data, where it does not learn from the captions of shard"
     )
     shard: ShardSettings
+    filter: FilterSettings = Field(
+        FilterSettings(), description="The concept-balanced choice of stage 1's captions, off by default"
+    )
     instruct: InstructSettings
     pretrain: PretrainSettings
     finetune: FinetuneSettings
@@ -78,9 +82,23 @@ def load_without_data(preset: str, overrides: Sequence[str] = ()) -> WorkflowCon
 
 def _tree(preset: str, overrides: Sequence[str]) -> dict[str, Any]:
     tree = _read(preset)
+    _refuse_secrets(tree, preset)
     for override in overrides:
         _apply(tree, override)
     return tree
+
+
+def _refuse_secrets(node: Any, file: str, *keys: str) -> None:
+    """Raise RefusedInput for a text anywhere in a file's tree that carries a secret, or a key that names one."""
+    if isinstance(node, dict | list):
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            _refuse_secrets(value, file, *keys, str(key))
+        return
+    where = f"{file}: {'.'.join(keys)}"
+    if node is not None and _SECRET.search(keys[-1]):
+        raise RefusedInput(f"{where}: secrets are read from the environment or mounted files only")
+    if isinstance(node, str):
+        refuse_secrets(node, where)
 
 
 def flat(config: WorkflowConfig) -> dict[str, Any]:
@@ -122,7 +140,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             f"--set {key}: secrets are read from the environment or mounted files only; "
             "a command line is shown by dashboards and job specs"
         )
-    refuse_secrets(text)
+    refuse_secrets(text, f"--set {key}")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:

@@ -13,6 +13,9 @@ Set = Annotated[
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print the summary as one JSON object on the last line.")
 ]
+Profile = Annotated[
+    bool, typer.Option("--profile", help="Keep a torch profiler trace of a few steps of each stage.")
+]
 Wait = Annotated[
     bool, typer.Option("--wait", help="Wait where another run makes the same artifact (else: status 5).")
 ]

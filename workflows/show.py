@@ -1,10 +1,20 @@
 """What an artifact holds, for a person."""
 
-from components.contract import open_artifact, say
+from pathlib import Path
+from typing import Any
+
+from components.contract import Artifact, open_artifact, say
+
+REPORT = "report/"
+"""Where an artifact keeps pages and pictures for people."""
+LONGEST, LINES = 400, 20
 
 
 def show(uri: str) -> None:
-    """Print the manifest of the artifact at `uri`, after looking whether its files are those it names."""
+    """Print the manifest of the artifact at `uri`, after looking whether its files are those it names.
+
+    Pages and pictures made for people (a data set's quality and its contact sheet) are saved into the current folder.
+    """
     artifact = open_artifact(uri)
     manifest = artifact.manifest
     say(f"{manifest.component} {manifest.digest}")
@@ -19,5 +29,28 @@ def show(uri: str) -> None:
         for key, value in values.items():
             say(f"{title:9} {key} = {value}")
     for key, value in manifest.notes.items():
+        _note(key, value)
+    _save_report(artifact)
+
+
+def _note(key: str, value: Any) -> None:
+    """One line, or one for each entry of a mapping of several."""
+    inner = list(value.items()) if isinstance(value, dict) else []
+    if len(inner) < 2:
         text = str(value)
-        say(f"note      {key}: {text if len(text) <= 400 else text[:400] + ' ...'}")
+        say(f"note      {key}: {text if len(text) <= LONGEST else text[:LONGEST] + ' ...'}")
+        return
+    for name, one in inner[:LINES]:
+        _note(f"{key}, {name!s:.80}", str(one))
+    if len(inner) > LINES:
+        say(f"note      {key}: {len(inner) - LINES:,} more in the manifest")
+
+
+def _save_report(artifact: Artifact) -> None:
+    manifest = artifact.manifest
+    for file in manifest.files:
+        if file.path.startswith(REPORT):
+            flat = file.path.removeprefix(REPORT).replace("/", "-")
+            here = Path(f"{manifest.component}-{manifest.digest[:8]}-{flat}")
+            artifact.folder.download(file.path, here)
+            say(f"saved     {here}")

@@ -21,7 +21,7 @@ _CAPTION = "Say briefly what this picture shows."
 
 
 def write(folder: Path, count: int, seed: int = 11) -> list[Entry]:
-    """Write `count` held-out scenes in five formats; gives the entries of `evaluate.benchmarks`."""
+    """Write `count` held-out scenes in six formats; gives the entries of `evaluate.benchmarks`."""
     drawn = list(scenes(seed, count, "heldout"))
     images = folder / "images"
     images.mkdir(parents=True)
@@ -34,6 +34,7 @@ def write(folder: Path, count: int, seed: int = 11) -> list[Entry]:
         _vqa(folder / "vqa", images, drawn, rng),
         _own(folder / "own", images, drawn, rng),
         _captions(folder / "captions", images, drawn),
+        _llava_bench(folder / "llava-bench", images, drawn, rng),
     ]
 
 
@@ -189,6 +190,33 @@ def _captions(folder: Path, images: Path, drawn: Sequence[Scene]) -> Entry:
         "labels": str(folder / "captions.json"),
         "images": str(images),
         "instruction": _CAPTION,
+        "blank_images": True,
+    }
+
+
+def _llava_bench(folder: Path, images: Path, drawn: Sequence[Scene], rng: random.Random) -> Entry:
+    """Open questions with a reference answer, and notes for a judge, which the caller names."""
+    folder.mkdir()
+    files: dict[str, list[dict[str, Any]]] = {"questions": [], "reference": [], "context": []}
+    for number, scene in enumerate(drawn):
+        thing = rng.choice(scene.objects)[0]
+        category, text, answer = (
+            ("conv", f"Where is the {thing}?", scene.captions[0]),
+            ("detail", _CAPTION, scene.captions[1]),
+            ("complex", f"What else is there besides the {thing}?", scene.captions[0]),
+        )[number % 3]
+        row = {"question_id": number, "image": f"{scene.id}.png", "category": category}
+        files["questions"].append(row | {"text": text})
+        files["reference"].append(row | {"text": f"{answer.capitalize()}.", "answer_id": f"r{number}"})
+        boxes = [{"category": name, "bbox": list(box)} for name, box in scene.objects]
+        files["context"].append({"image": row["image"], "captions": scene.captions, "instances": boxes})
+    for name, rows in files.items():
+        _jsonl(folder / f"{name}.jsonl", rows)
+    return {
+        "benchmark": "llava-bench",
+        **{name: str(folder / f"{name}.jsonl") for name in files},
+        "images": str(images),
+        "instruction": "",
         "blank_images": True,
     }
 

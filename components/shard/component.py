@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from components.contract.component import Component, Job
+from components.contract.component import Component, Job, recipe
+from components.contract.digest import canonical_json, sha256_of
 from components.contract.manifest import Artifact
 from components.shard.report import report
 from components.shard.settings import ShardSettings
@@ -16,12 +18,17 @@ from components.shard_tasks import ShardOutput, ShardTask, run_shards
 from llava.data.schema import images_of
 from llava.errors import RefusedInput
 
+_PARTITION = {
+    "scenes", "rows_per_shard", "max_bad", "captions", "instances", "conversations", "images", "files"
+}  # fmt: skip
+"""What says which samples there are and where they are cut, and does not change the bytes of a given run of them."""
+
 
 class Shard(Component):
     """Makes `train/part-*.parquet` and `heldout/part-*.parquet`; see `llava/data/schema.py` for the rows."""
 
     name: ClassVar[str] = "shard"
-    version: ClassVar[str] = "2"
+    version: ClassVar[str] = "3"
     Settings: ClassVar[type[ShardSettings]] = ShardSettings
 
     def check(self, settings: ShardSettings, inputs: dict[str, Artifact]) -> None:
@@ -39,7 +46,9 @@ class Shard(Component):
         if not len(listing.items):
             raise RefusedInput(f"shard.source={settings.source}: {settings.path} lists no samples")
         tasks = [
-            ShardTask(f"part-{part:05d}", part, samples, _write_shard, (settings, listing.place, items))
+            ShardTask(
+                f"part-{part:05d}", part, samples, _write_shard, (settings, listing.place, items), _made_of
+            )
             for part, (items, samples) in enumerate(listing.shards(settings.rows_per_shard))
         ]
         # Where the number of samples is a guess, their share can be judged at the end only.
@@ -49,7 +58,22 @@ class Shard(Component):
         Refusals(result.samples, settings.max_bad, "shard.max_bad").check(result)
         result.counts.update(listing.counts)
         note_refused(job, result)
+        job.notes["dataset_digest"] = sha256_of(sorted((one["path"], one["sha256"]) for one in result.files))
+        job.notes["shards"] = {"made": len(tasks) - result.reused, "copied": result.reused}
+        if result.reused:
+            job.say(f"{result.reused:,} of {len(tasks):,} shards copied from earlier datasets of this root")
         report(job, result)
+
+
+def _made_of(arguments: tuple[ShardSettings, Any, Sequence[Any]]) -> str:
+    """Hex sha256 of the component's version, of the recipe for a row and of what each row is made of."""
+    settings, place, items = arguments
+    rows = {name: value for name, value in recipe(settings).items() if name not in _PARTITION}
+    digest = hashlib.sha256(canonical_json([Shard.name, Shard.version, rows]))
+    for one in SOURCES[settings.source].made_of(settings, place, items):
+        told = repr(one).encode()
+        digest.update(len(told).to_bytes(8, "little") + told)
+    return digest.hexdigest()
 
 
 def _write_shard(output: ShardOutput, arguments: tuple[ShardSettings, Any, Sequence[Any]]) -> None:

@@ -1,4 +1,4 @@
-"""What `shard` tells about its dataset: a summary for the manifest, tables and a contact sheet for MLflow."""
+"""What `shard` tells about its dataset: a summary for the manifest, tables, a page and a contact sheet for MLflow."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from components import html_page
 from components.contract.component import Job
 from components.dataset_pictures import literal, sample_rows
+from components.shard.quality import examine, note_quality, page
 from components.shard_results import ShardResult
 from llava.data.images import decode
 from llava.data.schema import SPLITS, Row
 
+PAGE, SHEET = "report/quality.html", "report/samples.png"
 SHEET_COLUMNS, SHEET_ROWS = 6, 4
 CATEGORIES_IN_NOTES = 20
 
@@ -40,7 +43,14 @@ def report(job: Job, result: ShardResult) -> None:
     }
     if resized := result.counts.get("photos/resized"):
         job.notes["resized"] = resized
-    job.run.figure(contact_sheet(sample_rows(job.folder, result, SHEET_COLUMNS * SHEET_ROWS)), "samples.png")
+    quality = (
+        examine(job, result, job.settings.limits, job.settings.workers) if job.settings.quality else None
+    )
+    if quality is not None:
+        note_quality(job, quality)
+    samples = sample_rows(job.folder, result, SHEET_COLUMNS * SHEET_ROWS)
+    html_page.publish(job, SHEET, html_page.drawn(contact_sheet(samples)))
+    html_page.publish(job, PAGE, page(result, samples, quality))
     if categories:
         table: dict[str, list[Any]] = {"category": [*categories], "objects": [*categories.values()]}
         job.run.table(table, "categories.json")

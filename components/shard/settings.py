@@ -125,6 +125,10 @@ class ShardSettings(Settings):
     )
     download: DownloadSettings = Field(DownloadSettings(), description="cc3m: how pictures are fetched")
     max_bad: float = Field(0.05, ge=0, le=1, description="Share of refused samples over which the run fails")
+    quality: bool = run_field(
+        True,
+        description="Whether the finished shards are read once more for the report: sizes, text lengths, duplicates",
+    )
     workers: int | None = run_field(
         None, ge=1, description="Shards made at once; default one per CPU of the cluster"
     )

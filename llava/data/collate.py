@@ -6,12 +6,15 @@ Shapes: T tokens of a row, N images, P image tokens per image, K supervised posi
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
 
 from llava.attention import Segments, segments
 from llava.conversation import IGNORE, Encoded, Encoder
+from llava.data import place
 from llava.data.images import BadImage, decode
 from llava.data.place import FILLER
 from llava.data.plan import Plan
@@ -20,6 +23,11 @@ from llava.data.samples import VIEWS
 from llava.data.schema import images_of
 from llava.errors import LlavaError
 from llava.pixels import Pixels
+
+DECODERS = 4
+"""Threads that decode pictures on a rank."""
+LOOK_AHEAD = 8
+"""Steps whose row groups are read ahead of time."""
 
 
 @dataclass
@@ -69,22 +77,25 @@ class Collator:
         self.rows, self.encoder, self.pixels, self.plan = rows, encoder, pixels, plan
         self.samples_of = VIEWS[view][0]
         self.tokens_per_row = tokens_per_row
+        self._decoders = ThreadPoolExecutor(DECODERS, "decode")
+        self._places: dict[tuple[int, int, int], place.Rows] = {}
 
     def step(self, number: int, rank: int, world: int) -> Step:
         """What `rank` of `world` computes in step `number`."""
         index, chosen = self.plan.index, self.plan.samples(number)
-        placed = self.plan.place(number, world, self.tokens_per_row)[rank]
-        self.rows.keep_only(self.plan.open_groups(number))
-        rows, ids = [], []
+        placed = self._placed(number, rank, world)
+        self._look_ahead(number, rank, world)
+        mine = [int(chosen[position]) for members in placed for position in members]
+        # Decoding lets go of the interpreter: it is what the threads share.
+        decoded = self._decoders.map(self._decoded, mine)
+        rows, ids, left = [], [], iter(mine)
         for members in placed:
             encoded, images = [], []
-            for position in members:
-                sample, picture, name = self._sample(int(chosen[position]))
-                encoded.append(sample)
-                images += picture
-                ids.append(name)
+            for sample, (row, pictures) in zip(islice(left, len(members)), decoded, strict=False):
+                encoded.append(self._encoded(sample, row))
+                images += pictures
+                ids.append(row["id"])
             rows.append(self._row(encoded, images))
-        mine = [int(chosen[position]) for members in placed for position in members]
         return Step(
             rows=rows,
             supervised=int(index.supervised[chosen].sum()),
@@ -107,22 +118,47 @@ class Collator:
                     waiting.append(pool.submit(self.step, number + ahead, rank, world))
                 yield waiting.pop(0).result()
 
-    def _sample(self, sample: int) -> tuple[Encoded, list[np.ndarray], str]:
-        index = self.plan.index
-        row = self.rows.row(int(index.group[sample]), int(index.row[sample]))
-        turns = self.samples_of(row)[int(index.part[sample])]
-        cells = images_of(row)
+    def _look_ahead(self, number: int, rank: int, world: int) -> None:
+        """Begin to read what this rank needs in the next steps of the epoch, and forget what nobody will need."""
+        kept = self.plan.open_groups(number)
+        last = min(number + LOOK_AHEAD, self.plan.steps_per_epoch * (number // self.plan.steps_per_epoch + 1))
+        for step in range(number, last):
+            chosen = self.plan.samples(step)
+            wanted = [
+                int(chosen[position]) for members in self._placed(step, rank, world) for position in members
+            ]
+            groups = dict.fromkeys(self.plan.index.group[wanted].tolist())
+            self.rows.prefetch(groups)
+            kept |= groups.keys()
+        self.rows.keep_only(kept)
+
+    def _placed(self, number: int, rank: int, world: int) -> place.Rows:
+        """This rank's rows of a step; the last few are kept, since they are asked for ahead of time."""
+        key = (number, rank, world)
+        if key not in self._places:
+            self._places[key] = self.plan.place(number, world, self.tokens_per_row)[rank]
+            while len(self._places) > 2 * LOOK_AHEAD:
+                self._places.pop(next(iter(self._places)))
+        return self._places[key]
+
+    def _decoded(self, sample: int) -> tuple[dict[str, Any], list[np.ndarray]]:
+        """The row of a sample and its pictures."""
+        row = self.rows.row(int(self.plan.index.group[sample]), int(self.plan.index.row[sample]))
         try:
-            pictures = [self.pixels(decode(cell["bytes"])) for cell in cells]
+            return row, [self.pixels(decode(cell["bytes"])) for cell in images_of(row)]
         except BadImage as bad:
             raise LlavaError(f"sample {row['id']}: {bad}; leave it out of the dataset") from bad
-        encoded = self.encoder.encode(turns, len(cells))
-        if len(encoded.ids) != index.tokens[sample]:
+
+    def _encoded(self, sample: int, row: dict[str, Any]) -> Encoded:
+        """Tokens and labels. Not for several threads: a tokenizer may change while it works."""
+        turns = self.samples_of(row)[int(self.plan.index.part[sample])]
+        encoded = self.encoder.encode(turns, len(images_of(row)))
+        if len(encoded.ids) != (measured := self.plan.index.tokens[sample]):
             raise LlavaError(
-                f"sample {row['id']}: {len(encoded.ids)} tokens, {index.tokens[sample]} when it was measured: the "
-                "dataset or the tokenizer changed since; start the stage afresh"
+                f"sample {row['id']}: {len(encoded.ids)} tokens, {measured} when it was measured: "
+                "the dataset or the tokenizer changed since; start the stage afresh"
             )
-        return encoded, pictures, row["id"]
+        return encoded
 
     def blank_row(self) -> Row:
         """A row with an image and nothing supervised."""

@@ -1,8 +1,14 @@
-"""Rows of Parquet files by (row group, row), read a row group at a time and kept for a while."""
+"""Rows of Parquet files by (row group, row), read a row group at a time, ahead of time, and kept for a while.
+
+A row group is one ranged read of the columns that are wanted (two where others lie between them), on S3 as in a
+folder. Files are opened once, in parallel, for their footers; after that a read costs one request.
+"""
 
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from threading import Lock
 from typing import Any, Protocol
 
@@ -13,6 +19,10 @@ from pyarrow import parquet as pq
 
 from llava.data.schema import check_schema
 from llava.errors import RefusedInput
+
+_FOOTERS_AT_ONCE = 16
+_READS_AT_ONCE = 4
+_OPEN_FILES = 64
 
 
 class Rows(Protocol):
@@ -29,6 +39,10 @@ class Rows(Protocol):
 
     def row(self, group: int, row: int) -> dict[str, Any]:
         """One row as Python values."""
+        ...
+
+    def prefetch(self, groups: Collection[int]) -> None:
+        """Begin to read row groups that will be wanted; returns at once."""
         ...
 
     def keep_only(self, groups: Collection[int]) -> None:
@@ -48,15 +62,15 @@ class ParquetRows:
         self.groups: list[tuple[str, int, int]] = []
         """(path, row group within the file, rows)."""
         self._keep = keep_groups
-        self._files: dict[str, pq.ParquetFile] = {}
-        self._cache: OrderedDict[int, pa.Table] = OrderedDict()
+        self._cache: OrderedDict[int, Future[pa.Table]] = OrderedDict()
+        self._open: OrderedDict[str, pa.NativeFile] = OrderedDict()
         self._lock = Lock()
-        for path in paths:
-            file = self._file(path)
-            check_schema(file.schema_arrow, columns, path)
+        with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
+            self._footers = dict(zip(paths, pool.map(self._footer, paths), strict=True))
+        for path, footer in self._footers.items():
+            check_schema(footer.schema.to_arrow_schema(), columns, path)
             self.groups += [
-                (path, index, file.metadata.row_group(index).num_rows)
-                for index in range(file.metadata.num_row_groups)
+                (path, index, footer.row_group(index).num_rows) for index in range(footer.num_row_groups)
             ]
         if not self.groups:
             raise RefusedInput("the dataset has no rows: no Parquet file with a row group among its files")
@@ -70,15 +84,17 @@ class ParquetRows:
         """One row group; `columns` other than the reader's own are read afresh."""
         if columns is not None:
             return self._read(group, columns)
-        with self._lock:
-            if group in self._cache:
-                self._cache.move_to_end(group)
-                return self._cache[group]
-            table = self._read(group, self.columns)
-            self._cache[group] = table
-            while len(self._cache) > self._keep:
-                self._cache.popitem(last=False)
-            return table
+        try:
+            return self._reading(group).result()
+        except BaseException:
+            with self._lock:
+                self._cache.pop(group, None)  # the next call tries again
+            raise
+
+    def prefetch(self, groups: Collection[int]) -> None:
+        """Begin to read row groups that will be wanted; returns at once."""
+        for group in groups:
+            self._reading(group)
 
     def row(self, group: int, row: int) -> dict[str, Any]:
         """One row as Python values."""
@@ -88,18 +104,45 @@ class ParquetRows:
         """Forget the row groups that are not among `groups`."""
         with self._lock:
             for group in self._cache.keys() - set(groups):
-                del self._cache[group]
+                self._cache.pop(group).cancel()
 
     def _read(self, group: int, columns: Sequence[str]) -> pa.Table:
         path, index, _ = self.groups[group]
-        file = self._file(path)
+        # A ParquetFile serves one thread; with the footer at hand making one costs nothing.
+        file = pq.ParquetFile(self._source(path), metadata=self._footers[path], pre_buffer=True)
         there = [one for one in columns if one.partition(".")[0] in file.schema_arrow.names]
-        return file.read_row_group(index, columns=there)
+        return file.read_row_group(index, columns=there, use_threads=False)
 
-    def _file(self, path: str) -> pq.ParquetFile:
-        if path not in self._files:
-            self._files[path] = pq.ParquetFile(self.filesystem.open_input_file(path), pre_buffer=True)
-        return self._files[path]
+    def _reading(self, group: int) -> Future[pa.Table]:
+        with self._lock:
+            if group not in self._cache:
+                self._cache[group] = self._readers.submit(self._read, group, self.columns)
+            self._cache.move_to_end(group)
+            found = self._cache[group]
+            while len(self._cache) > self._keep:
+                self._cache.popitem(last=False)
+            return found
+
+    def _source(self, path: str) -> pa.NativeFile:
+        """The file, open: on S3 every opening is a request of its own."""
+        with self._lock:
+            if path in self._open:
+                self._open.move_to_end(path)
+                return self._open[path]
+        source = self.filesystem.open_input_file(path)
+        with self._lock:
+            self._open[path] = source
+            while len(self._open) > _OPEN_FILES:
+                self._open.popitem(last=False)  # closed once no thread reads it
+        return source
+
+    def _footer(self, path: str) -> pq.FileMetaData:
+        with self.filesystem.open_input_file(path) as source:
+            return pq.read_metadata(source)
+
+    @cached_property
+    def _readers(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(_READS_AT_ONCE, "read")
 
 
 class Mixture:
@@ -126,10 +169,18 @@ class Mixture:
         part = self._part(group)
         return self._parts[part].row(group - self._starts[part], row)
 
+    def prefetch(self, groups: Collection[int]) -> None:
+        """Begin to read row groups that will be wanted; returns at once."""
+        for part, rows in enumerate(self._parts):
+            rows.prefetch(self._of(part, groups))
+
     def keep_only(self, groups: Collection[int]) -> None:
         """Forget the row groups that are not among `groups`."""
         for part, rows in enumerate(self._parts):
-            rows.keep_only([group - self._starts[part] for group in groups if self._part(group) == part])
+            rows.keep_only(self._of(part, groups))
+
+    def _of(self, part: int, groups: Collection[int]) -> list[int]:
+        return [group - self._starts[part] for group in groups if self._part(group) == part]
 
     def _part(self, group: int) -> int:
         return bisect_right(self._starts, group) - 1

@@ -105,6 +105,8 @@ DATASET_SCHEMA = pa.schema(
     metadata={"huggingface": json.dumps({"info": {"features": _FEATURES}})},
 )
 
+_WHEN_LEFT_OUT: dict[str, Any] = {"width": 0, "height": 0, "captions": ()}
+
 IMAGE_COLUMNS = ("image", "more_images")
 TEXT_COLUMNS = tuple(name for name in DATASET_SCHEMA.names if name not in IMAGE_COLUMNS)
 """Every column but the pictures: cheap to read for a plan or a report."""
@@ -119,12 +121,29 @@ class GroupSize(NamedTuple):
 
 def to_table(rows: Iterable[Row]) -> pa.Table:
     """Build a table of `DATASET_SCHEMA` from rows. A key that the schema does not know is a `KeyError`."""
-    filled = []
+    rows, known = list(rows), frozenset(DATASET_SCHEMA.names)
     for row in rows:
-        if unknown := row.keys() - set(DATASET_SCHEMA.names):
+        if unknown := row.keys() - known:
             raise KeyError(f"row {row.get('id')!r} has columns that no dataset has: {sorted(unknown)}")
-        filled.append({"width": 0, "height": 0, "captions": [], **row})
-    return pa.Table.from_pylist(filled, schema=DATASET_SCHEMA)
+    columns = [
+        _column(field, [row.get(field.name, _WHEN_LEFT_OUT.get(field.name)) for row in rows])
+        for field in DATASET_SCHEMA
+    ]
+    return pa.table(columns, schema=DATASET_SCHEMA)
+
+
+def _column(field: pa.Field, values: list[Any]) -> pa.Array:
+    if all(value is None for value in values):
+        return pa.nulls(len(values), field.type)
+    if not pa.types.is_struct(field.type):
+        return pa.array(values, field.type)
+    # Child by child: pyarrow takes three times as long over a list of dicts.
+    children = [
+        pa.array([None if value is None else value[child.name] for value in values], child.type)
+        for child in field.type
+    ]
+    missing = pa.array([value is None for value in values])
+    return pa.StructArray.from_arrays(children, fields=list(field.type), mask=missing)
 
 
 def images_of(row: Mapping[str, Any]) -> list[ImageCell]:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava.data.images import BadImage, Limits, decode, read_size, shrink
+from llava.data.images import BadImage, Limits, decode, prove, read_size, shrink
 from tests.llava.odd_images import LIMITS, ODD
 
 PHOTOS = Path(__file__).parents[2] / ".." / "shared" / "data" / "coco" / "images"
@@ -271,3 +271,41 @@ def test_shrinking_takes_the_same_bytes_each_time_and_refuses_what_decoding_refu
     with pytest.raises(BadImage) as caught:
         shrink(data[:2000], 64)
     assert caught.value.reason == "broken"
+
+
+def result_of(function: object, data: bytes, limits: Limits) -> object:
+    try:
+        return function(data, limits) is not None
+    except BadImage as error:
+        return error.reason
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_is_proved_is_what_decodes_for_every_odd_picture(name: str) -> None:
+    data = ODD[name][0]()
+    assert result_of(prove, data, LIMITS) == result_of(decode, data, LIMITS)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"subsampling": 0}, {"restart_marker_blocks": 4}]
+)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_damaged_or_cut_jpeg_is_proved_exactly_where_it_decodes(
+    mode: str, options: dict[str, object]
+) -> None:
+    rng = random.Random(11)
+    whole = encode(Image.effect_noise((99, 70), 90).convert(mode), "JPEG", **options)
+    limits, outcomes = Limits(max_pixels=100_000), set()
+    for number in range(150):
+        data = bytearray(whole)
+        if number % 3:
+            for _ in range(rng.randrange(1, 5)):
+                data[rng.randrange(len(data))] = rng.randrange(256)
+        if number % 2:
+            del data[rng.randrange(len(data)) :]
+        expected = result_of(decode, bytes(data), limits)
+        assert result_of(prove, bytes(data), limits) == expected
+        outcomes.add(expected)
+    assert {True, "broken"} <= outcomes
+    size = prove(whole, limits)
+    assert (size.width, size.height) == (99, 70)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AutoProcessor, CLIPImageProcessorPil, LlavaImageProcessorPil
 
 from llava import model as models
 from llava.generate import pixel_values
@@ -62,3 +62,31 @@ def test_a_strip_is_padded_without_a_canvas_of_its_length_squared(folder: Path) 
     shown = Pixels(models.load_processor(folder, "pad").image_processor)(strip)
     assert shown.shape == (3, 64, 64)
     assert strip.size == (60_000, 40)
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad", "square"])
+def test_pillow_alone_gives_the_stock_processors_pixels_for_any_shape(fit: str) -> None:
+    size = {"size": {"shortest_edge": 40}, "crop_size": {"height": 40, "width": 40}}
+    processor = {
+        "crop": CLIPImageProcessorPil(**size),
+        "pad": LlavaImageProcessorPil(**size, do_pad=True),
+        "square": CLIPImageProcessorPil(size={"height": 40, "width": 40}, do_center_crop=False),
+    }[fit]
+    pixels = Pixels(processor)
+    assert pixels._pillow_will_do
+    random = np.random.default_rng(3)
+    for _ in range(60):
+        height, width = random.integers(1, 130, 2)
+        image = Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        assert np.array_equal(pixels(image), pixels._stock(image)), (width, height)
+
+
+def test_a_processor_of_another_kind_is_left_to_itself() -> None:
+    class Mirrored(CLIPImageProcessorPil):
+        def resize(self, image: np.ndarray, *args: object, **options: object) -> np.ndarray:
+            return super().resize(image, *args, **options)[..., ::-1]
+
+    pixels = Pixels(Mirrored(size={"height": 20, "width": 20}, do_center_crop=False))
+    image = Image.fromarray(np.random.default_rng(3).integers(0, 256, (30, 30, 3), dtype=np.uint8))
+    assert not pixels._pillow_will_do
+    assert np.array_equal(pixels(image), pixels._stock(image))

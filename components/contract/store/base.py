@@ -108,6 +108,14 @@ class Store(ABC):
         """Write `key` into the local file `path`, whole or not at all; folders above it are made."""
 
     @abstractmethod
+    def copy(self, source: Store, key: str, to: str) -> None:
+        """Store what `source`, a store of the same kind, holds as `key` under the key `to`, whole or not at all.
+
+        The bytes do not pass through this machine; in a folder both are one file where the file system can do that.
+        FileNotFoundError if there is no such key.
+        """
+
+    @abstractmethod
     def chunks(self, key: str, size: int = 8 << 20) -> Iterator[bytes]:
         """The bytes of `key` piece by piece, for files larger than memory."""
 

@@ -103,6 +103,20 @@ class FolderStore(Store):
         finally:
             temporary.unlink(missing_ok=True)
 
+    def copy(self, source: Store, key: str, to: str) -> None:
+        """A hard link, put in place by rename: files of a store are replaced, never written into."""
+        origin = source.local_path
+        assert origin is not None
+        with self._temporary(to, None) as temporary:
+            try:
+                os.link(origin / check_key(key), temporary)
+            except FileNotFoundError:
+                raise FileNotFoundError(f"{source.uri}/{key} does not exist") from None
+            except OSError:  # another file system, or one without links
+                shutil.copyfile(origin / check_key(key), temporary)
+                _flush(temporary)
+            temporary.replace(self._path(to))
+
     def chunks(self, key: str, size: int = 8 << 20) -> Iterator[bytes]:
         """The file's bytes, `size` at a time."""
         with self._path(key).open("rb") as file:

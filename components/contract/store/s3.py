@@ -33,6 +33,8 @@ _WRITER = "llava-writer"  # metadata: tells our own write, whose answer was lost
 _PART = 32 << 20
 _AT_ONCE = 1000  # S3's limit for one request that lists or deletes
 _CONFLICTS = 8
+_TRIES = 9
+"""Tries of one request: pauses double, from half a second on the average to a minute, two minutes in all."""
 
 _clients: dict[tuple[Any, ...], Any] = {}
 _clients_lock = threading.Lock()
@@ -127,6 +129,12 @@ class S3Store(Store):
         finally:
             temporary.unlink(missing_ok=True)
 
+    def copy(self, source: Store, key: str, to: str) -> None:
+        """Copied by the server, in parts where the object is large."""
+        assert isinstance(source, S3Store)
+        with self._errors(to):
+            self._client.copy(source._at(key), **self._at(to), Config=_transfer())
+
     def chunks(self, key: str, size: int = 8 << 20) -> Iterator[bytes]:
         """The object's bytes as they arrive."""
         with self._errors(key):
@@ -138,9 +146,14 @@ class S3Store(Store):
 
     def arrow(self) -> tuple[Any, str]:
         """pyarrow's own S3 file system on the same endpoint, and bucket/prefix."""
-        from pyarrow.fs import S3FileSystem
+        from pyarrow.fs import AwsDefaultS3RetryStrategy, S3FileSystem
 
-        options: dict[str, Any] = {"connect_timeout": 5, "request_timeout": 30}
+        options: dict[str, Any] = {
+            "connect_timeout": 5,
+            "request_timeout": 30,
+            # Pauses double from 25 ms: two tries more make it about a minute.
+            "retry_strategy": AwsDefaultS3RetryStrategy(max_attempts=_tries() + 2),
+        }
         if endpoint := os.environ.get("AWS_ENDPOINT_URL"):
             parsed = urlparse(endpoint)
             options |= {"endpoint_override": parsed.netloc, "scheme": parsed.scheme, "region": _region()}
@@ -237,6 +250,7 @@ def _client(hasty: bool) -> Any:
         "AWS_SECRET_ACCESS_KEY",
         "AWS_SESSION_TOKEN",
         "AWS_PROFILE",
+        "AWS_MAX_ATTEMPTS",
     )
     environment = tuple(os.environ.get(name) for name in names)
     place = (os.getpid(), hasty, *environment)
@@ -248,12 +262,18 @@ def _client(hasty: bool) -> Any:
             config = Config(
                 connect_timeout=2 if hasty else 3,
                 read_timeout=4 if hasty else 30,
-                retries={"mode": "standard", "total_max_attempts": 1 if hasty else 5},
+                # boto's newer modes begin with milliseconds and share a quota of retries among all requests of a
+                # process, which a store that is away for seconds uses up.
+                retries={"mode": "legacy", "total_max_attempts": 1 if hasty else _tries()},
                 max_pool_connections=16,
                 s3={"addressing_style": "path"} if environment[0] else None,
             )
             _clients[place] = boto3.Session().client("s3", config=config, region_name=_region())
         return _clients[place]
+
+
+def _tries() -> int:
+    return int(os.environ.get("AWS_MAX_ATTEMPTS", _TRIES))
 
 
 def _region() -> str:

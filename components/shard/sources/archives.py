@@ -93,6 +93,14 @@ class Archive:
             raise BadImage("broken", f"{self.file}: {path} is not what the archive's table says")
         return data
 
+    def version(self, path: str) -> str | None:
+        """What changes when the member does; of a tar, which has no checksums, when the archive does."""
+        found = self._find(path) or self._find(f"{PurePosixPath(self.file.key).stem}/{path}")
+        if found is None:
+            return None
+        _, _, size, crc, kind = found
+        return f"{size}-{crc}-{kind}" if self._zipped else f"{self.file.version}-{size}-{kind}"
+
     def _find(self, path: str) -> tuple[int, int, int, int, int] | None:
         name = _hash(path)
         at = int(np.searchsorted(self._table["name"], np.uint64(name)))

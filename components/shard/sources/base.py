@@ -9,12 +9,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from components.contract.digest import fingerprint
 from components.contract.store import Store, open_store
 from components.shard.settings import ShardSettings
 from llava.data.schema import Row
 from llava.errors import LlavaError, RefusedInput
 
+NEVER = np.uint64(2**64 - 1)
 READ_AHEAD = 4  # photos read at once in a task: hides a store's answer time
 _LONGEST_NAME = 200
 
@@ -36,7 +39,8 @@ class Listing:
 
     `items` may be a lazy sequence (see `pieces.py`). `place`: what all samples share. `counts`: what the list
     itself left out (boxes of crowds, say). `sizes`: how many samples each item holds, where an item is a file or
-    a part of one; None: one each. `exact`: False where `sizes` is an estimate.
+    a part of one; None: one each. `exact`: False where `sizes` is an estimate. `marks`: (n,) uint64, a hash of each
+    item's name, or `NEVER` where no shard may begin; None where items are only ever added at the end.
     """
 
     items: Sequence[Any]
@@ -44,25 +48,26 @@ class Listing:
     counts: dict[str, int] = field(default_factory=dict)
     sizes: Sequence[int] | None = None
     exact: bool = True
+    marks: np.ndarray | None = None
 
     def shards(self, rows: int) -> Iterator[tuple[Sequence[Any], int]]:
         """The items cut into runs of at most `rows` samples, each with its number of samples.
 
-        An item that alone holds more is a shard of its own.
+        An item that alone holds more is a shard of its own. With `marks` a shard holds at least half of `rows`
+        and ends before the item with the least mark: where a shard begins is a matter of the items around it, so
+        that items added in one place change the shards of that place only.
         """
-        if self.sizes is None:
-            for start in range(0, len(self.items), rows):
-                piece = self.items[start : start + rows]
-                yield piece, len(piece)
-            return
+        count = len(self.items)
+        ends = np.cumsum(np.ones(count, np.int64) if self.sizes is None else np.asarray(self.sizes, np.int64))
         start = held = 0
-        for number, size in enumerate(self.sizes):
-            if number > start and held + size > rows:
-                yield self.items[start:number], held
-                start, held = number, 0
-            held += size
-        if start < len(self.items):
-            yield self.items[start:], held
+        while start < count:
+            end = max(start + 1, int(np.searchsorted(ends, held + rows, "right")))
+            if self.marks is not None and end < count:
+                half = max(start + 1, int(np.searchsorted(ends, held + rows / 2)) + 1)
+                if half <= end:
+                    end = half + int(np.argmin(self.marks[half : end + 1]))
+            yield self.items[start:end], int(ends[end - 1]) - held
+            start, held = end, int(ends[end - 1])
 
 
 class Loaded(NamedTuple):
@@ -79,17 +84,20 @@ Load = Callable[[ShardSettings, Any, Any], Loaded]
 
 @dataclass(frozen=True)
 class Source:
-    """Four functions.
+    """Five functions.
 
     `external` gives fingerprints; `check` raises RefusedInput, cheaply, where the data's files are not found;
     `listing` lists the samples; `rows(settings, place, items, kept)` gives one outcome for each sample of the
     items, in their order. `kept` is a store that outlives a crash of the task, for what is costly to fetch again.
+    `made_of(settings, place, items)` gives what these rows come from: names, texts, versions of photos. Items that
+    give the same again are not read again (`shard_tasks.py`).
     """
 
     external: Callable[[ShardSettings], dict[str, str]]
     check: Callable[[ShardSettings], Any]
     listing: Callable[[ShardSettings], Listing]
     rows: Callable[[ShardSettings, Any, Sequence[Any], Store], Iterator[Outcome]]
+    made_of: Callable[[ShardSettings, Any, Sequence[Any]], Iterable[object]]
 
 
 def each(load: Load) -> Callable[[ShardSettings, Any, Sequence[Any], Store], Iterator[Outcome]]:
@@ -118,6 +126,12 @@ def ahead(load: Callable[[Any], Loaded], items: Iterable[Any]) -> Iterator[Outco
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+def mark(name: str) -> int:
+    """A hash of 64 bits, less than `NEVER`."""
+    data = name.encode("utf-8", "surrogatepass")
+    return min(int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little"), int(NEVER) - 1)
 
 
 def open_data(settings: ShardSettings) -> Store:

@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from threading import Lock
 from typing import NamedTuple
 from uuid import uuid4
@@ -216,4 +216,9 @@ def _encodable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-SOURCE = Source(files_of, check, listing, rows)
+def made_of(settings: ShardSettings, place: None, items: Sequence[tuple[int, bytes]]) -> Iterable[object]:
+    """The lines and their numbers: what was fetched for a line once is not fetched again."""
+    return items
+
+
+SOURCE = Source(files_of, check, listing, rows, made_of)

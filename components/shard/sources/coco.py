@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from components.contract.store import Store
 from components.shard.settings import ShardSettings
@@ -24,6 +26,7 @@ from components.shard.sources.base import (
     RefusedSample,
     Source,
     each,
+    mark,
     open_data,
     plain,
     split_by_hash,
@@ -80,7 +83,7 @@ def locate(settings: ShardSettings) -> Files:
 
 
 def listing(settings: ShardSettings) -> Listing:
-    """Every photo of the captions file, in the order of the file names."""
+    """Every photo of the captions file, in the file's order: what is added to it later stands at its end."""
     store, captions, instances = locate(settings)
     counts: Counter[str] = Counter()
     boxes = _boxes(store, instances, counts) if instances else {}
@@ -90,7 +93,8 @@ def listing(settings: ShardSettings) -> Listing:
         counts["photos-listed-twice"] = len(photos) - len(listed)
     suffix = PurePosixPath(captions).stem.removeprefix("captions").lstrip("_")
     places = find_photos(settings, *([suffix] if suffix else []))
-    return Listing([listed[name] for name in sorted(listed)], places, dict(counts))
+    marks = np.fromiter(map(mark, listed), np.uint64, len(listed))
+    return Listing(list(listed.values()), places, dict(counts), marks=marks)
 
 
 def load(settings: ShardSettings, photos: Photos, photo: Photo) -> Loaded:
@@ -183,4 +187,9 @@ def _entries_of(store: Store, key: str) -> Iterator[None]:
         raise RefusedInput(f"{store.uri}/{key} is no COCO file: {what}") from error
 
 
-SOURCE = Source(external_with_roots, locate, listing, each(load))
+def made_of(settings: ShardSettings, photos: Photos, items: Sequence[Photo]) -> Iterator[object]:
+    """What the two files say of each photo, and the version of its file."""
+    return zip(items, photos.versions([photo.file for photo in items]), strict=True)
+
+
+SOURCE = Source(external_with_roots, locate, listing, each(load), made_of)

@@ -10,6 +10,7 @@ anywhere else is ordinary text. With several photos the human turns hold exactly
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,13 @@ import numpy as np
 from components.contract.store import Store
 from components.shard.settings import ShardSettings
 from components.shard.sources.base import (
+    NEVER,
     Listing,
     Loaded,
     RefusedSample,
     Source,
     each,
+    mark,
     one_file,
     open_data,
     split_by_hash,
@@ -40,7 +43,8 @@ def listing(settings: ShardSettings) -> Listing:
     """The records, each with its number; in the order of the file, but those of one photo behind its first."""
     file = File.at(*locate(settings))
     records, images = _json_lines(file) if file.key.endswith(".jsonl") else _json_list(file)
-    return Listing(_together(records, images), find_photos(settings))
+    chosen, marks = _together(records, images)
+    return Listing(chosen, find_photos(settings), marks=marks)
 
 
 def locate(settings: ShardSettings) -> tuple[Store, str]:
@@ -143,15 +147,47 @@ def _json_list(file: File) -> tuple[Pieces, list[str | None]]:
     return Pieces(file, np.arange(len(places)), starts, sizes), images
 
 
-def _together(records: Pieces, images: list[str | None]) -> Pieces:
-    """The records with those of one picture behind its first."""
+def _together(records: Pieces, images: list[str | None]) -> tuple[Pieces, np.ndarray]:
+    """The records with those of one picture behind its first, and their marks: no shard begins inside a picture."""
     firsts: dict[int, int] = {}
-    order = np.arange(len(records))
+    order, marks = np.arange(len(records)), np.empty(len(records), np.uint64)
     for number, image in enumerate(images):
+        # Texts alone have no name before they are read again: their length has to do.
+        marks[number] = mark(image if image is not None else str(records.sizes[number]))
         if image is not None:
             order[number] = firsts.setdefault(hash(image), number)
+            if order[number] != number:
+                marks[number] = NEVER
     chosen = np.argsort(order, kind="stable")
-    return Pieces(records.file, records.numbers[chosen], records.starts[chosen], records.sizes[chosen])
+    parts = (records.numbers[chosen], records.starts[chosen], records.sizes[chosen])
+    return Pieces(records.file, *parts), marks[chosen]
 
 
-SOURCE = Source(external_with_roots, locate, listing, each(load))
+def made_of(settings: ShardSettings, photos: Photos, items: Sequence[tuple[int, bytes]]) -> Iterator[object]:
+    """The records, with their numbers where they have no name, and the versions of their photos' files."""
+    records, paths, counts = [], [], []
+    for number, data in items:
+        name, images = _name_and_images(data)
+        records.append((data, number if name is None else None))
+        paths += images
+        counts.append(len(images))
+    versions = iter(photos.versions(paths))
+    for record, count in zip(records, counts, strict=True):
+        yield record, [next(versions) for _ in range(count)]
+
+
+def _name_and_images(data: bytes) -> tuple[str | None, list[str]]:
+    """As far as the record tells; nothing is checked."""
+    try:
+        record = parse(data)
+    except ValueError:
+        record = None
+    if not isinstance(record, dict):
+        return None, []
+    value = record.get("image")
+    paths = value if isinstance(value, list) else [value]
+    name = record.get("id")
+    return None if name is None else str(name), [path for path in paths if isinstance(path, str)]
+
+
+SOURCE = Source(external_with_roots, locate, listing, each(load), made_of)

@@ -20,6 +20,7 @@ from fnmatch import fnmatch
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -33,6 +34,7 @@ from components.shard.sources.base import (
     Source,
     ahead,
     files_of,
+    mark,
     open_data,
     plain,
     split_by_bytes,
@@ -103,7 +105,8 @@ def list_groups(store: Store, keys: list[str], columns: Columns) -> Listing:
                 items.append(Group(key, group, first))
                 sizes.append(count)
                 first += count
-    return Listing(items, (store, columns), sizes=sizes)
+    marks = np.array([mark(f"{item.key} {item.group}") for item in items], np.uint64)
+    return Listing(items, (store, columns), sizes=sizes, marks=marks)
 
 
 def rows(
@@ -285,4 +288,15 @@ def opened(store: Store, key: str) -> Iterator[pq.ParquetFile]:
         raise RefusedInput(f"{store.uri}/{key} is no Parquet file that can be read: {error}") from None
 
 
-SOURCE = Source(files_of, check, listing, rows)
+def made_of(
+    settings: ShardSettings, place: tuple[Store, Columns], items: Sequence[Group]
+) -> Iterator[object]:
+    """The row groups with the versions of their files, and the columns that are read."""
+    store, columns = place
+    versions = {key: store.stat(key) for key in dict.fromkeys(group.key for group in items)}
+    yield columns
+    for group in items:
+        yield group, versions[group.key]
+
+
+SOURCE = Source(files_of, check, listing, rows, made_of)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -14,11 +16,12 @@ from components.shard.settings import ShardSettings
 from components.shard.sources.archives import SUFFIXES, Archive
 from components.shard.sources.base import RefusedSample, files_of, open_data
 from components.shard.sources.pieces import File
-from llava.data.images import BadImage, Size, decode, read_size, shrink
+from llava.data.images import BadImage, Size, prove, read_size, shrink
 from llava.data.schema import ImageCell
 from llava.errors import RefusedInput
 
 _LARGE_PIXELS = 8_000_000
+_LOOK_UPS = 8  # photos whose versions are asked for at once
 _one_large = threading.Lock()  # large photos are decoded one at a time: 64 MP are hundreds of megabytes
 
 
@@ -27,6 +30,10 @@ class Root(Protocol):
 
     def read(self, path: str, longest: int) -> bytes | None:
         """The bytes of one photo, None if it is not there. Raises BadImage where it is not let in."""
+        ...
+
+    def version(self, path: str) -> str | None:
+        """What changes when the photo does, None if it is not there."""
         ...
 
 
@@ -50,6 +57,11 @@ class Folder:
         except FileNotFoundError:
             return None
 
+    def version(self, path: str) -> str | None:
+        """Size and time of change, or ETag."""
+        found = self.store.stat(self.prefix + path)
+        return None if found is None else f"{found.size}-{found.version}"
+
 
 class Photos(NamedTuple):
     """Roots in the order in which they are looked at, each with the beginning of the paths that it serves."""
@@ -59,23 +71,37 @@ class Photos(NamedTuple):
 
     def read(self, settings: ShardSettings, name: str, path: str) -> bytes:
         """The bytes of sample `name`'s photo `path`; RefusedSample."""
-        try:
-            check_key(path)
-            bad = len(path.encode()) > 1024 or any(len(part.encode()) > 255 for part in path.split("/"))
-        except (RefusedInput, UnicodeEncodeError):
-            bad = True
-        if bad:
+        if not _is_inside(path):
             text = f"image path {path!r} is not a relative path inside the data folder"
             raise RefusedSample(name, "image-path", text)
         try:
-            for prefix, root in self.roots:
-                if path.startswith(prefix) and len(path) > len(prefix):
-                    data = root.read(path.removeprefix(prefix), settings.max_image_bytes)
-                    if data is not None:
-                        return data
+            for root, inside in self._places(path):
+                data = root.read(inside, settings.max_image_bytes)
+                if data is not None:
+                    return data
         except BadImage as error:
             raise RefusedSample(name, error.reason, f"{path}: {error}") from None
         raise RefusedSample(name, "image-missing", f"{path} does not exist in {self.where}")
+
+    def versions(self, paths: Sequence[str]) -> list[str]:
+        """Of each photo what changes when it does; "" for one that is not there or not let in."""
+
+        def version(path: str) -> str:
+            for root, inside in self._places(path) if _is_inside(path) else ():
+                if (found := root.version(inside)) is not None:
+                    return found
+            return ""
+
+        wanted = list(dict.fromkeys(paths))
+        with ThreadPoolExecutor(_LOOK_UPS) as pool:
+            found = dict(zip(wanted, pool.map(version, wanted), strict=True))
+        return [found[path] for path in paths]
+
+    def _places(self, path: str) -> Iterator[tuple[Root, str]]:
+        """The roots that may hold the photo, with the path inside each."""
+        for prefix, root in self.roots:
+            if path.startswith(prefix) and len(path) > len(prefix):
+                yield root, path.removeprefix(prefix)
 
 
 class Photo(NamedTuple):
@@ -116,7 +142,7 @@ def admit(settings: ShardSettings, name: str, file: str, data: bytes) -> Photo:
         large = size.width * size.height > _LARGE_PIXELS
         with _one_large if large else nullcontext():
             if settings.resize is None or min(size.width, size.height) <= settings.resize:
-                decode(data, settings.limits)
+                prove(data, settings.limits)
                 return Photo({"bytes": data, "path": PurePosixPath(file).name}, size, 1.0)
             small, shrunk = shrink(data, settings.resize, settings.limits)
     except BadImage as error:
@@ -133,6 +159,15 @@ def read_photo(settings: ShardSettings, photos: Photos, name: str, path: str) ->
 def resized(*photos: Photo) -> tuple[str, ...]:
     """What is to be counted about the photos of a sample."""
     return tuple("photos/resized" for photo in photos if photo.scale != 1)
+
+
+def _is_inside(path: str) -> bool:
+    """Whether it is a relative path of names that a file may have."""
+    try:
+        check_key(path)
+        return len(path.encode()) <= 1024 and all(len(part.encode()) <= 255 for part in path.split("/"))
+    except (RefusedInput, UnicodeEncodeError):
+        return False
 
 
 def _split(root: str) -> tuple[str, str]:

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import PurePosixPath
 from typing import IO, Any, NamedTuple, cast
+
+import numpy as np
 
 from components.contract.store import Store
 from components.shard.settings import ShardSettings
@@ -30,6 +32,7 @@ from components.shard.sources.base import (
     Source,
     ahead,
     files_of,
+    mark,
     open_data,
     plain,
     split_by_bytes,
@@ -71,7 +74,9 @@ def listing(settings: ShardSettings) -> Listing:
         files = [File.at(store, key) for key in keys]
         first = max(files, key=lambda file: file.size)
         size = max(1, _bytes_of_a_sample(first))
-        return Listing(files, sizes=[max(1, file.size // size) for file in files], exact=False)
+        marks = np.array([mark(file.key) for file in files], np.uint64)
+        sizes = [max(1, file.size // size) for file in files]
+        return Listing(files, sizes=sizes, exact=False, marks=marks)
     keys = [key for key in parquet.keys_of(store, settings, ".parquet") if _has_pictures(store, key)]
     return parquet.list_groups(store, keys, _columns(store, keys))
 
@@ -216,4 +221,13 @@ def _columns(store: Store, keys: list[str]) -> parquet.Columns:
     )
 
 
-SOURCE = Source(files_of, check, listing, rows)
+def made_of(
+    settings: ShardSettings, place: tuple[Store, parquet.Columns] | None, items: Sequence[Any]
+) -> Iterable[object]:
+    """The tars with their versions, or the row groups."""
+    if place is not None:
+        return parquet.made_of(settings, place, items)
+    return [(file.key, file.size, file.version) for file in items]
+
+
+SOURCE = Source(files_of, check, listing, rows, made_of)

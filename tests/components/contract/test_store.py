@@ -31,6 +31,19 @@ def test_bytes_and_files_come_back(root: str, tmp_path: Path) -> None:
     assert stat is not None and stat.size == 12_800
 
 
+def test_a_copy_has_the_bytes_and_outlives_its_source(root: str) -> None:
+    first, second = open_store(root).sub("first"), open_store(root).sub("second")
+    first.write("a/old", b"bytes")
+    second.copy(first, "a/old", "b/new")
+    second.copy(first, "a/old", "b/new")  # over what stands there
+    first.write("a/old", b"others")
+    first.delete_all()
+    assert second.read("b/new") == b"bytes"
+    with pytest.raises(FileNotFoundError):
+        second.copy(first, "a/old", "b/newer")
+    assert [entry.key for entry in second.list()] == ["b/new"]
+
+
 def test_missing_key_is_none_or_file_not_found(root: str, tmp_path: Path) -> None:
     store = open_store(root)
     assert store.stat("no") is None and store.fetch("no/where") is None

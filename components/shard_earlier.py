@@ -1,0 +1,84 @@
+"""Shards of earlier artifacts of the same root, found again by what they were made of.
+
+`shards.jsonl` in a finished artifact holds one line a shard: its files with rows, bytes and sha256, what was refused
+and counted, and `made_of`, a digest of everything that its bytes come from. A line that a new shard would write again
+is copied with its files. What a data set holds never depends on this: a shard that was copied is the one that would
+have been made.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from components.contract.component import Job
+from components.contract.manifest import MANIFEST
+from components.contract.store import Folder, open_store
+from components.shard_results import ShardResult
+
+SHARDS_FILE = "shards.jsonl"
+
+
+class _Line(NamedTuple):
+    """Where a shard's line stands: the artifact, the first byte and the number of bytes."""
+
+    artifact: str
+    start: int
+    size: int
+
+
+@dataclass(frozen=True)
+class EarlierShards:
+    """Lines by `made_of`: a few dozen bytes a shard, since every task takes this along."""
+
+    lines: dict[str, _Line]
+
+    @classmethod
+    def of(cls, job: Job) -> EarlierShards | None:
+        """Those of all finished artifacts that the job's component has in its root; None where there are none."""
+        store = job.workspace.store.sub(job.prefix)
+        keys = {entry.key for entry in store.list()}
+        lines: dict[str, _Line] = {}
+        for key in sorted(keys):
+            address, _, name = key.partition("/")
+            if name != SHARDS_FILE or f"{address}/{MANIFEST}" not in keys:
+                continue
+            folder, start = store.sub(address), 0
+            with suppress(FileNotFoundError, ValueError, KeyError):  # pruned meanwhile, or damaged: made anew
+                for line in folder.read(SHARDS_FILE).splitlines(keepends=True):
+                    lines[json.loads(line)["made_of"]] = _Line(folder.uri, start, len(line))
+                    start += len(line)
+        return cls(lines) if lines else None
+
+    def copied(self, made_of: str, folder: Folder, name: Callable[[str], str]) -> ShardResult | None:
+        """The shard that was made of the same, with its files under `name(split)` in `folder`; None: make it.
+
+        In a local folder the copies are hashed; on S3 whoever fetches them does that.
+        """
+        found = self.lines.get(made_of)
+        if found is None:
+            return None
+        origin = open_store(found.artifact)
+        try:
+            system, base = origin.arrow()
+            with system.open_input_file(f"{base}/{SHARDS_FILE}") as lines:
+                result = ShardResult.from_json(lines.read_at(found.size, found.start))
+            for file in result.files:
+                source, file["path"] = file["path"], name(file["split"])
+                folder.copy(origin, source, file["path"])
+                stat = folder.stat(file["path"])
+                if stat is None or stat.size != file["size"]:
+                    return None
+                if folder.local_path is not None and folder.sha256(file["path"]) != file["sha256"]:
+                    return None
+        except (FileNotFoundError, ValueError, TypeError):
+            return None
+        return replace(result, reused=1)
+
+
+def write_shards_file(folder: Folder, results: Sequence[ShardResult]) -> None:
+    """One line a shard, in their order; the same whether a shard was made or copied."""
+    folder.write(SHARDS_FILE, b"".join(replace(one, reused=0).to_json() + b"\n" for one in results))
