@@ -36,8 +36,8 @@ def connect() -> None:
         return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
     if not os.environ.get("RAY_ADDRESS"):
-        # A machine with one core still has to place a task beside a waiting one.
-        quiet |= {"num_cpus": max(2, os.cpu_count() or 1), "include_dashboard": False}
+        # "local": another cluster that runs on this machine is not ours unless RAY_ADDRESS says so.
+        quiet |= {"address": "local", "num_cpus": _cpus(), "include_dashboard": False}
     terminated = signal.getsignal(signal.SIGTERM)
     ray.init(**quiet)
     if threading.current_thread() is threading.main_thread():
@@ -80,6 +80,39 @@ def compare_code() -> None:
                 f"driver and workers run different code: {ours[:12]} from {source_root()} here, {theirs[:12]} on node "
                 f"{node[:8]}: submit without --working-dir, or leave PYTHONPATH as Ray sets it"
             )
+
+
+def resources() -> str:
+    """What the cluster has at this moment, such as "16 CPU, 8 GPU"."""
+    import ray
+
+    found = ray.cluster_resources()
+    return ", ".join(f"{found[name]:.0f} {name}" for name in ("CPU", "GPU") if found.get(name)) or "nothing"
+
+
+def require(what: str, workers: int, cpus: float, gpu: bool) -> None:
+    """Raise RefusedInput where this machine can never hold `workers` processes of `cpus` CPUs (and a GPU) each.
+
+    A cluster that `RAY_ADDRESS` names may grow: nothing is refused there.
+    """
+    if os.environ.get("RAY_ADDRESS"):
+        return
+    import torch
+
+    for name, need, has in (
+        ("CPU", workers * cpus, _cpus()),
+        ("GPU", workers * gpu, torch.cuda.device_count()),
+    ):
+        if need > has:
+            raise RefusedInput(
+                f"{what}: {workers} workers take {need:g} {name}, this machine has {has}: set fewer workers, or "
+                "RAY_ADDRESS to a cluster that has them"
+            )
+
+
+def _cpus() -> int:
+    # A machine with one core still has to place a task beside a waiting one.
+    return max(2, os.cpu_count() or 1)
 
 
 @contextmanager

@@ -25,6 +25,16 @@ class Preempted(LlavaError):
     exit_status = 4
 
 
+class Terminated(BaseException):
+    """SIGTERM or Ctrl-C reached the command; it leaves with the status of `Preempted`.
+
+    No Exception: it comes up wherever the program happens to be, and nobody on its way may take it for a failure of
+    what was just being done.
+    """
+
+    exit_status = Preempted.exit_status
+
+
 class AlreadyRunning(LlavaError):
     """Somebody else holds this artifact; the message says who and since when."""
 

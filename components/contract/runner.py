@@ -18,11 +18,11 @@ from components.contract.manifest import MANIFEST, Artifact, FileEntry, Manifest
 from components.contract.provenance import code_revision, versions
 from components.contract.store import Folder, Store
 from components.contract.tracking import PARENT_TAG, TrackedRun, Tracking, TrackingError
-from llava.errors import BudgetReached, LlavaError, Preempted, RefusedInput
+from llava.errors import BudgetReached, LlavaError, Preempted, RefusedInput, Terminated
 
 RUN = "run.json"  # the MLflow run of an artifact that is not finished, or whose run is not closed yet
 CHECKPOINTS = "checkpoints"
-_STOPPED = (Preempted, BudgetReached, KeyboardInterrupt, SystemExit)
+_STOPPED = (Preempted, BudgetReached, Terminated, KeyboardInterrupt, SystemExit)
 
 
 @dataclass
@@ -120,6 +120,7 @@ class _Plan:
         self.say(f"finished already: {artifact.uri}")
         run_id = artifact.manifest.mlflow_run_id
         if self.folder.stat(RUN) is not None and run_id is not None:
+            self.folder.delete_all(CHECKPOINTS)
             with contextlib.suppress(LookupError):
                 _close(self, self.workspace.tracking.resume(run_id), artifact.manifest)
         if self.workspace.parent is not None:
@@ -214,7 +215,6 @@ def _describe(plan: _Plan, run: TrackedRun) -> None:
 def _commit(plan: _Plan, job: Job) -> Artifact:
     """Write the manifest, last and create-only, while the lease is certainly ours."""
     job.lease.check()
-    plan.folder.delete_all(CHECKPOINTS)
     files = _files(plan, job)
     manifest = Manifest(
         component=plan.component.name,
@@ -237,12 +237,18 @@ def _commit(plan: _Plan, job: Job) -> Artifact:
         raise leases.LeaseLost(
             f"{plan.folder.uri}: another run finished this artifact first; run again to use it"
         )
+    # Only now: until the manifest stood, a crash would have had to go on from them.
+    plan.folder.delete_all(CHECKPOINTS)
     return Artifact(plan.folder, manifest)
 
 
 def _files(plan: _Plan, job: Job) -> list[FileEntry]:
     own = {leases.LEASE, RUN, MANIFEST}
-    found = {entry.key: entry.size for entry in plan.folder.list() if entry.key not in own}
+    found = {
+        entry.key: entry.size
+        for entry in plan.folder.list()
+        if entry.key not in own and not entry.key.startswith(f"{CHECKPOINTS}/")
+    }
     for key, (size, _) in job.declared.items():
         if found.get(key) != size:
             raise LlavaError(

@@ -93,10 +93,21 @@ def choose(
         images / coverage.samples,
         settings.epochs,
     )
-    found = candidates(sizes, settings, training_of(stage, settings), settings.workers, corpus, card)
-    choice = estimate.choose(found, card, f"{stage} on {settings.workers} GPUs of {card.memory_gib} GiB")
+    training, cards = training_of(stage, settings), f"GPUs of {card.memory_gib} GiB"
+    found = candidates(sizes, settings, training, settings.workers, corpus, card)
+    if settings.min_workers is not None and settings.min_workers < settings.workers:
+        # What is chosen now is kept when the group goes on with fewer, where each holds a larger share.
+        fewest = candidates(sizes, settings, training, settings.min_workers, corpus, card)
+        estimate.choose(fewest, card, f"{stage} on min_workers={settings.min_workers} {cards}")
+        fitting = {_chosen(each) for each in fewest if each.fits}
+        found = [each for each in found if _chosen(each) in fitting]
+    choice = estimate.choose(found, card, f"{stage} on {settings.workers} {cards}")
     fit = f"{choice.memory.total / GIB:.0f} of {estimate.usable(card) / GIB:.0f} GiB per GPU"
     return resolved(settings, choice), f"auto: {choice.name} ({fit})"
+
+
+def _chosen(choice: Choice) -> tuple[Any, ...]:
+    return tuple(getattr(choice.setup, name) for name in WITHOUT_GPU)
 
 
 def _told(values: dict[str, Any]) -> str:

@@ -7,11 +7,13 @@ worker of a lost run can never write into the checkpoint of the run that took ov
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from components.contract import Folder, Guard
+from components.contract.digest import sha256_of
 from llava.errors import LlavaError
 
 FOLDER = "checkpoints"
@@ -70,16 +72,32 @@ def newest(folder: Folder) -> str | None:
     return names[-1] if (names := _committed(folder)) else None
 
 
-def fetch(folder: Folder, name: str, local: Path) -> Path:
-    """A local folder with the files of checkpoint `name`; their sizes are those of the marker."""
+@contextmanager
+def fetched(folder: Folder, name: str, first: bool, barrier: Callable[[], None]) -> Iterator[Path]:
+    """A local folder with the files of checkpoint `name`, for as long as any rank of this node is inside.
+
+    A checkpoint of a 7B model is 80 GB: only the `first` rank of a node downloads it, the others wait at the
+    `barrier` of all ranks. The folder's name is that of the checkpoint, so that what a killed rank left is replaced.
+    """
     there = folder.sub(f"{FOLDER}/{name}")
+    copy = Path(tempfile.gettempdir()) / f"llava-checkpoint-{sha256_of(there.uri)[:16]}"
+    own = first and there.local_path is None
+    try:
+        if own:
+            shutil.rmtree(copy, ignore_errors=True)
+            for file in json.loads(there.read(COMMITTED)):
+                there.download(file, copy / file)
+        barrier()
+        yield _whole(there, there.local_path or copy)
+        barrier()
+    finally:
+        if own:
+            shutil.rmtree(copy, ignore_errors=True)
+
+
+def _whole(there: Folder, where: Path) -> Path:
+    """`where`, if its files have the sizes of the marker."""
     sizes = json.loads(there.read(COMMITTED))
-    where = there.local_path
-    if where is None:
-        where = local / name
-        shutil.rmtree(where, ignore_errors=True)
-        for file in sizes:
-            there.download(file, where / file)
     for file, size in sizes.items():
         found = (where / file).stat().st_size if (where / file).exists() else None
         if found != size:

@@ -20,7 +20,7 @@ from components.training.settings import TrainSettings
 from components.training.worker import Task, environment, work
 from llava import model as models
 from llava.data.plan import Coverage, SampleIndex
-from llava.errors import BudgetReached, LlavaError, Preempted, RefusedInput
+from llava.errors import BudgetReached, LlavaError, Preempted, RefusedInput, Terminated
 from llava.sizes import llava_sizes
 
 _ERRORS = {kind.exit_status: kind for kind in (RefusedInput, BudgetReached, Preempted)}
@@ -114,7 +114,7 @@ def _trainer(job: Job, task: Task) -> Any:
 
 
 def _fit(trainer: Any, teller: Teller, job: Job) -> None:
-    """`fit`, in a thread: in the main one Ray would put its own handler of Ctrl-C in the place of Python's.
+    """`fit`, in a thread: in the main one Ray would put its own handler of Ctrl-C in the place of the command's.
 
     The first SIGTERM or Ctrl-C asks the workers for a checkpoint and waits for it; the second leaves at once.
     """
@@ -131,7 +131,7 @@ def _fit(trainer: Any, teller: Teller, job: Job) -> None:
     threading.Thread(target=fit, name="fit", daemon=True).start()
     try:
         done.result()
-    except (Preempted, KeyboardInterrupt):
+    except Terminated:
         grace = job.settings.stop_grace
         job.say(
             f"stopping: saving a checkpoint first (for {grace:.0f} s at most; once more to leave at once)"

@@ -10,6 +10,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from components.cluster import resources
 from components.contract import Job
 
 
@@ -141,8 +142,8 @@ class Teller:
 class Watcher:
     """While it stands: a bar on a terminal, a plain line every few seconds in a log."""
 
-    def __init__(self, teller: Teller, job: Job, every: float = 10.0):
-        self._teller, self._job, self._every = teller, job, every
+    def __init__(self, teller: Teller, job: Job, every: float = 10.0, silence: float = 60.0):
+        self._teller, self._job, self._every, self._silence = teller, job, every, silence
         self._stop = threading.Event()
         self._told = 0
         self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
@@ -173,17 +174,28 @@ class Watcher:
 
     def _lines(self) -> None:
         said, began, first = -1, time.monotonic(), 0
-        last_said = 0.0
+        last_said, news = 0.0, time.monotonic()
         while not self._stop.wait(1.0):
             now = self._standing()
             if now is None or now.step == said:
+                if time.monotonic() - news >= self._silence:
+                    news = time.monotonic()
+                    self._job.say(self._quiet())
                 continue
+            news = time.monotonic()
             if said < 0:
                 began, first = time.monotonic(), now.step
             if time.monotonic() - last_said >= self._every or now.step == now.steps:
                 self._job.say(_line(now, began, first))
                 last_said = time.monotonic()
             said = now.step
+
+    def _quiet(self) -> str:
+        settings = self._job.settings
+        asked = f"{settings.workers} x ({settings.cpus_per_worker} CPU{', 1 GPU' if settings.gpu else ''})"
+        return (
+            f"no news for {self._silence:.0f} s; the workers ask for {asked}, the cluster has {resources()}"
+        )
 
     def _bar(self) -> None:
         from rich.console import Console

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from components.contract import TrackedRun, TrackingError
+from components.contract import Artifact, TrackedRun, TrackingError
 
 HISTORY = "history.jsonl"
 """A line per step: its metrics, when it was (`at`, seconds since 1970) and, after a jump of the loss, `spike`."""
@@ -51,6 +51,22 @@ class MetricLog:
         if name not in self._held:
             self._held[name] = self._run.steps(name)
         return self._held[name]
+
+
+def curves(stage: str, artifact: Artifact) -> list[tuple[str, float, int, int]]:
+    """The losses of a finished stage, such as `finetune/loss`, as MLflow's rows: name, value, step, milliseconds.
+
+    A workflow logs them in its own run, so that two workflows can be compared by their curves. Empty for a stage that
+    trained nothing.
+    """
+    if artifact.folder.stat(HISTORY) is None:
+        return []
+    return [
+        (f"{stage}/{name.removeprefix('train/')}", float(value), int(entry["step"]), int(entry["at"] * 1000))
+        for entry in parse(artifact.folder.read(HISTORY))
+        for name, value in metrics(entry).items()
+        if name.endswith("/loss")
+    ]
 
 
 class Courier:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from ray.train import get_context
 from torch import distributed
 
 from components.contract import TrackedRun
@@ -73,11 +74,12 @@ class Run:
         name = self._agree(lambda: checkpoints.newest(self.task.folder))
         if name is None:
             return 0
-        local = checkpoints.fetch(self.task.folder, name, self.scratch)
-        state, position = files.read(local, self.identity)
-        self.engine.restore(state)
-        self.history = parse((local / HISTORY).read_bytes())
-        self.samples = parse((local / SAMPLES).read_bytes())
+        first = get_context().get_local_rank() == 0
+        with checkpoints.fetched(self.task.folder, name, first, self._barrier) as local:
+            state, position = files.read(local, self.identity)
+            self.engine.restore(state)
+            self.history = parse((local / HISTORY).read_bytes())
+            self.samples = parse((local / SAMPLES).read_bytes())
         self._guard = SpikeGuard(self.settings.spike_factor, [entry["train/loss"] for entry in self.history])
         if self.chief:
             self._teller.note(f"resuming after step {position.step} of {self.plan.steps}")
@@ -247,6 +249,10 @@ class Run:
             return False
         self._last[what] = now
         return True
+
+    def _barrier(self) -> None:
+        if self.engine.world > 1:
+            distributed.barrier()
 
     def _agree(self, choose: Callable[[], str | None]) -> str | None:
         """What rank 0 finds, on every rank: a listing may change between two looks."""

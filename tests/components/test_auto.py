@@ -13,7 +13,7 @@ from components.training import auto
 from components.training.settings import TrainSettings
 from llava.data.plan import Coverage
 from llava.errors import RefusedInput
-from llava.estimate import Setup, gpu, memory
+from llava.estimate import Corpus, Setup, gpu, memory
 from llava.sizes import CLIP_L14_336, VICUNA_7B, Sizes, Work, llava_sizes
 
 SEVEN = Sizes(CLIP_L14_336, VICUNA_7B)
@@ -57,6 +57,20 @@ def test_auto_refuses_what_cannot_fit_and_what_it_does_not_know() -> None:
         auto.choose("finetune", settings(workers=1), SEVEN, DATA, images=1000)
     with pytest.raises(RefusedInput, match="finetune: auto knows no shapes of this model: set zero_stage"):
         auto.choose("finetune", settings(), None, DATA, images=1000)
+
+
+@pytest.mark.usefixtures("h100")
+def test_auto_chooses_what_still_fits_when_the_group_goes_on_with_fewer() -> None:
+    corpus = Corpus(1000, 926 - SEVEN.image_tokens, 180.0, 1.0, 1.0)
+
+    def fits_on_three(**more: int) -> bool:
+        chosen, _ = auto.choose("finetune", settings(**more), SEVEN, DATA, images=1000)
+        (choice,) = auto.candidates(SEVEN, chosen, "full", 3, corpus, gpu("h100-80g"))
+        return choice.fits
+
+    assert (fits_on_three(), fits_on_three(min_workers=3)) == (False, True)
+    with pytest.raises(RefusedInput, match="finetune on min_workers=1 GPUs of 80 GiB does not fit"):
+        auto.choose("finetune", settings(min_workers=1), SEVEN, DATA, images=1000)
 
 
 def test_auto_without_a_gpu_is_a_plain_value() -> None:

@@ -1,16 +1,28 @@
 """What a person types and gets back: bad input is one clear line with its own exit status, before any work."""
 
+import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from components.contract import acquire, open_store
-from llava.errors import Preempted
+from llava.errors import BadSample, Terminated
 from tests.tiny_llava import tiny_llava
 from workflows import cli
+
+
+@pytest.fixture(autouse=True)
+def own_signals() -> Iterator[None]:
+    """The command takes signals; they are the test run's again afterwards."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -104,6 +116,38 @@ def test_a_second_run_of_the_same_artifact_leaves_with_status_5(llava: Command, 
     assert "is being made by process" in err
 
 
+@pytest.mark.parametrize(
+    ("written", "key"),
+    [
+        ("finetune: {from: s3://AKIAABCDEFGHIJKLMNOP:xyzzy@bucket/x}", "finetune.from"),
+        (
+            "evaluate: {benchmarks: [{judge: {url: https://me:xyzzy@host/v1}}]}",
+            "evaluate.benchmarks.0.judge.url",
+        ),
+        ("shard: {hf_secret: xyzzy}", "shard.hf_secret"),
+    ],
+)
+def test_a_secret_in_a_file_is_refused_by_its_key(
+    llava: Command, tmp_path: Path, written: str, key: str
+) -> None:
+    (tmp_path / "own.yaml").write_text(written)
+    status, out, err = llava("train", "own.yaml")
+    assert (status, out) == (2, "")
+    assert key in err and "xyzzy" not in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_more_workers_than_this_machine_holds_are_refused_before_any_work(
+    llava: Command, tmp_path: Path
+) -> None:
+    for setting, what in (("finetune.workers=4000", "take 4000 CPU"), ("evaluate.gpu=true", "take 1 GPU")):
+        if "gpu" in setting and torch.cuda.is_available():
+            continue
+        status, _, err = llava("train", "tiny", "--root", "here", "--set", setting)
+        assert status == 2 and what in err
+        assert not list((tmp_path / "here").glob("shard/*"))
+
+
 def test_an_artifact_whose_files_changed_is_refused(llava: Command, tmp_path: Path) -> None:
     assert llava("backbones", "tiny", "--root", "here")[0] == 0
     config = next((tmp_path / "here" / "backbones").glob("*/model/config.json"))
@@ -130,10 +174,31 @@ def test_a_signal_inside_a_compiled_call_of_ray_keeps_its_status(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def stopped() -> None:
-        raise SystemError("returned a result with an exception set") from Preempted("stopped by SIGTERM")
+        raise SystemError("returned a result with an exception set") from Terminated("stopped by SIGTERM")
 
     monkeypatch.setattr(cli, "app", stopped)
     with pytest.raises(SystemExit) as left:
         cli.main()
     assert left.value.code == 4
     assert capsys.readouterr().err == "error: stopped by SIGTERM\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_no_failure_of_what_was_being_done(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    def measuring() -> None:
+        signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(number))
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        while True:
+            try:
+                time.sleep(0.01)
+            except Exception as error:
+                raise BadSample("not encodable", str(error)) from error
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(cli, "app", measuring)
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 4
+    assert "the same command goes on from the last checkpoint" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from uuid import uuid4
 import pytest
 from mlflow import MlflowClient
 
-from components.contract import Store, open_store
+from components.contract import Store, open_artifact, open_store
 from components.models import Registry
 from llava.errors import AlreadyRunning, RefusedInput
 from tests.conftest import BUCKET, S3Server
@@ -176,6 +176,29 @@ def test_poor_data_keeps_the_champion_though_the_run_is_killed_and_started_twice
     assert "against champion version 2" in decision
     assert store.stat(PLAN) is None
     assert story.retrain().result == "nothing new"
+
+
+@pytest.mark.drill
+def test_the_champion_goes_on_with_new_data_and_a_replay_of_the_old(story: Story) -> None:
+    champion = story.registry.by_alias(NAME, "champion")
+    assert champion is not None
+    arrive(story.incoming.sub("wednesday"), records(13, 200))
+    done = story.retrain("retrain.start=champion", "retrain.replay=0.2")
+    assert done.summary is not None and done.drops == [story.incoming.sub("wednesday").uri]
+    parts = json.loads(
+        open_store(story.root).read(f"retrain/versions/{(done.data_version or '')[:16]}.json")
+    )["parts"]
+    assert [(part["role"], part["weight"]) for part in parts][-1] == ("new", 1.0)
+    assert {part["weight"] for part in parts[:-1]} == {0.2}
+    tuned = open_artifact(done.summary.artifacts["finetune"])
+    assert tuned.manifest.inputs["model"] == champion.tags["artifact_digest"]
+    replayed = sum(
+        open_artifact(part["uri"]).manifest.notes["rows"]["train"] // 5
+        for part in parts
+        if part["role"] != "new"
+    )
+    seen = sum(len(json.loads(line)["ids"]) for line in tuned.folder.read("samples.jsonl").splitlines())
+    assert abs(seen - 200 - replayed) <= len(parts)
 
 
 def wait_for(condition: Any, driver: "subprocess.Popen[bytes]") -> None:

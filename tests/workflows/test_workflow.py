@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from mlflow import MlflowClient
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
@@ -87,6 +89,19 @@ def test_the_same_command_again_finds_everything_and_registers_nothing(first: tu
     assert registry.by_version("llava-tiny", "2") is None
 
 
+def test_runs_that_trained_and_runs_that_found_show_the_same_curves(first: tuple[Path, Run]) -> None:
+    folder, run = first
+    client = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db")
+    found = client.search_runs(["1"], "tags.workflow = 'train' and attributes.status = 'FINISHED'")
+    assert len(found) == 2
+    for stage in ("pretrain", "finetune"):
+        history = open_artifact(run.summary["artifacts"][stage]).folder.read("history.jsonl")
+        losses = [(line["step"], line["train/loss"]) for line in map(json.loads, history.splitlines())]
+        for each in found:
+            logged = client.get_metric_history(each.info.run_id, f"{stage}/loss")
+            assert sorted((point.step, point.value) for point in logged) == losses
+
+
 def test_stock_transformers_gives_the_same_logits_and_the_same_answer(
     first: tuple[Path, Run], tmp_path: Path
 ) -> None:
@@ -157,6 +172,35 @@ def test_ask_gives_the_champions_answer(first: tuple[Path, Run], tmp_path: Path)
         answers.append(done.stdout)
     assert answers[0] == answers[1]
     assert answers[0].strip()
+
+
+def test_an_evaluation_whose_driver_is_killed_goes_on_with_the_batches_that_are_left(
+    first: tuple[Path, Run], tmp_path: Path
+) -> None:
+    folder, run = first
+    shutil.copytree(folder / "runs", tmp_path / "runs")
+    finished = Path(run.summary["artifacts"]["evaluate"])
+    (artifact,) = (tmp_path / "runs" / "evaluate").iterdir()
+    shutil.rmtree(artifact)
+    command = ["evaluate", "tiny", *SMALL, "--set", "evaluate.batch_size=4"]
+    log = tmp_path / "log"
+    with log.open("wb") as written:
+        driver = subprocess.Popen([*LLAVA, *command], cwd=tmp_path, env=environment(), stderr=written)
+    deadline = time.monotonic() + 200
+    while not (batches := list(artifact.glob("checkpoints/answers/*.jsonl"))):
+        assert driver.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.02)
+    driver.kill()
+    driver.wait(30)
+    assert not (artifact / "manifest.json").exists()
+    batches = list(artifact.glob("checkpoints/answers/*.jsonl"))
+    answered = sum(len(batch.read_bytes().splitlines()) for batch in batches)
+    again = llava(*command, cwd=tmp_path)
+    assert again.status == 0, again.err
+    assert f" {answered} of " in again.err, again.err
+    assert (artifact / "answers.jsonl").read_bytes() == (finished / "answers.jsonl").read_bytes()
+    ids = [json.loads(line)["id"] for line in (artifact / "answers.jsonl").read_text().splitlines()]
+    assert len(ids) == len(set(ids)) == run.summary["scores"]["eval/n"]
 
 
 def test_prune_keeps_what_a_version_comes_from_and_removes_the_rest(

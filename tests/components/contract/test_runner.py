@@ -226,8 +226,12 @@ def test_declared_hashes_are_taken_and_declared_sizes_compared(on_folder: Worksp
 
     with pytest.raises(LlavaError, match="data/part-0 was written with 9,999 bytes, found 7"):
         run_component(Wrong(), CountSettings(), {}, on_folder)
+    kept = _folder_of(on_folder).stat("checkpoints/step-0/state")
+    assert kept is not None, "a commit that fails must leave what the next try goes on from"
     declared = _count(on_folder, declare=True).artifact.manifest.files
     assert declared[2].sha256 == _folder_of(on_folder).sha256("data/part-2")
+    assert list(_folder_of(on_folder).list("checkpoints/")) == []
+    assert not [file.path for file in declared if file.path.startswith("checkpoints/")]
 
 
 def test_artifact_that_no_longer_stands_is_made_again(on_folder: Workspace) -> None:
@@ -246,8 +250,10 @@ def test_mlflow_run_that_a_crash_left_open_is_closed_by_the_next_use(on_folder: 
     assert manifest.mlflow_run_id is not None
     folder = _folder_of(on_folder)
     folder.write(RUN, json.dumps({"mlflow_run_id": manifest.mlflow_run_id}).encode())
+    folder.write("checkpoints/step-2/state", b"the crash came before they were removed")
     on_folder.tracking.resume(manifest.mlflow_run_id)
     assert _count(on_folder).reused
+    assert list(folder.list("checkpoints/")) == []
     assert _mlflow(on_folder.tracking).get_run(manifest.mlflow_run_id).info.status == "FINISHED"
     assert folder.stat(RUN) is None
 
