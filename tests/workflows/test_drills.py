@@ -1,8 +1,6 @@
 """`make drills`: what takes too long for every run of the tests. The figures are printed."""
 
-import os
 import random
-import signal
 import statistics
 import subprocess
 from pathlib import Path
@@ -11,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.workflows.test_workflow import LLAVA, SMALL, environment, llava
+from tests.workflows.test_workflow import LLAVA, SMALL, Run, environment, llava
 
 pytestmark = pytest.mark.drill
 
@@ -35,35 +33,34 @@ def test_three_seeds_all_see_the_picture(tmp_path: Path) -> None:
     assert statistics.mean(right) > 80
 
 
+SETTINGS = ["train", "tiny", *SMALL, "--set", "finetune.checkpoint_every=5"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = llava(*SETTINGS, cwd=tmp_path_factory.mktemp("undisturbed"))
+    assert run.status == 0, run.err
+    return run
+
+
 @pytest.mark.parametrize("round_", range(10))
-def test_a_driver_killed_at_a_random_moment_changes_nothing(tmp_path: Path, round_: int) -> None:
+def test_a_driver_killed_at_a_random_moment_changes_nothing(
+    undisturbed: Run, tmp_path: Path, round_: int
+) -> None:
     """kill -9 of the whole command, wherever it is: shard, instruct, either stage, evaluation."""
-    settings = [
-        "train",
-        "tiny",
-        *SMALL,
-        "--set",
-        "finetune.checkpoint_every=5",
-        "--set",
-        f"finetune.seed={round_}",
-    ]
-    for name in ("killed", "undisturbed"):
-        (tmp_path / name).mkdir()
-    undisturbed = llava(*settings, cwd=tmp_path / "undisturbed")
-    assert undisturbed.status == 0, undisturbed.err
     length = sum(undisturbed.summary["seconds"].values())
-    driver = subprocess.Popen(
-        [*LLAVA, *settings], cwd=tmp_path / "killed", env=environment(), stderr=subprocess.PIPE
-    )
+    driver = subprocess.Popen([*LLAVA, *SETTINGS], cwd=tmp_path, env=environment(), stderr=subprocess.PIPE)
     moment = random.uniform(5, length)
     try:
         driver.wait(moment)
     except subprocess.TimeoutExpired:
-        os.kill(driver.pid, signal.SIGKILL)
+        driver.kill()
         driver.wait(30)
-    print(f"round {round_}: killed after {moment:.1f} s of about {length:.0f} s")
-    resumed = llava(*settings, cwd=tmp_path / "killed")
+    done = sorted(path.parts[-3] for path in tmp_path.glob("runs/*/*/manifest.json"))
+    print(f"round {round_}: killed after {moment:.1f} s of about {length:.0f} s; finished: {', '.join(done)}")
+    resumed = llava(*SETTINGS, cwd=tmp_path)
     assert resumed.status == 0, resumed.err
+    assert sorted(resumed.summary["reused"]) == done
     ours, theirs = (
         load_file(Path(run.summary["artifacts"]["finetune"]) / "model" / "model.safetensors")
         for run in (resumed, undisturbed)
