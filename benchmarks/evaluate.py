@@ -139,7 +139,7 @@ def right_against_blank(model: Artifact, entries: list[dict[str, Any]], workspac
 
 
 def _batched(model: Artifact, asks: list[Ask], size: int) -> Callable[[], dict[str, str]]:
-    worker = Answerer(model)
+    worker = Answerer(model, gpu=torch.cuda.is_available())
 
     def run() -> dict[str, str]:
         return {

@@ -21,6 +21,8 @@ MODEL = "model"
 CHAMPION, CHALLENGER = "champion", "challenger"
 MODEL_DIGEST, EVALUATION_DIGEST = "artifact_digest", "evaluation_digest"
 """Tags of a version: the artifacts that it is made of."""
+BEFORE = "champion_before"
+"""Tag of a champion: the version from which it took over; empty for the first, and after a rollback from it."""
 
 _REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
 

@@ -30,6 +30,7 @@ from components.evaluate.outcomes import comparable, outcomes
 from components.evaluate.page import escape, scores_table
 from components.evaluate.page import table as markdown
 from components.models import (
+    BEFORE,
     CHALLENGER,
     CHAMPION,
     EVALUATION_DIGEST,
@@ -103,7 +104,9 @@ class Register(Component):
         decision = decide(settings, version, champion, evaluation, job.inputs.get("champion_evaluation"))
         promoted = "yes" if decision.alias == CHAMPION else "no"
         told = {"decision": decision.reason, "promoted": promoted}
-        registry.tag(version, _scores(evaluation) | told)
+        takes_over = decision.alias == CHAMPION and (champion is None or champion.version != version.version)
+        before = {BEFORE: champion.version if champion else ""} if takes_over else {}
+        registry.tag(version, _scores(evaluation) | told | before)
         registry.name_as(version, decision.alias)
         challenger = registry.by_alias(settings.name, CHALLENGER)
         if decision.alias == CHAMPION and challenger and challenger.version == version.version:

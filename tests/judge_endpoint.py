@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 Reply = tuple[int, Any, float]
-"""HTTP status, content (a dict is the whole message), seconds before it comes."""
+"""HTTP status (0: a cut connection), content (a dict is the whole message, bytes the whole body), seconds before."""
 
 
 def said(*contents: Any) -> list[Reply]:
@@ -50,7 +50,13 @@ class Endpoint:
                     "model": "j",
                     "choices": choices,
                 }
-                data = json.dumps(made if status == 200 else {"error": {"message": "no"}}).encode()
+                error = {"error": {"message": content or "no"}}
+                whole = isinstance(content, bytes)
+                data = content if whole else json.dumps(made if status == 200 else error).encode()
+                if status == 0:
+                    self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n" + data[:20])
+                    self.close_connection = True
+                    return
                 try:
                     self.send_response(status)
                     self.send_header("Content-Type", "application/json")

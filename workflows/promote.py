@@ -1,7 +1,7 @@
 """The champion's alias, moved by hand: promotion of any version, and the way back.
 
 Each move leaves `moved.TIME` at the version that became champion: who, when, from which version, why. The champion
-before a version stands in its tag `champion_before` if it was promoted by hand, else in `parent_version`.
+before a version stands in its tag `champion_before`, whoever made it champion: `register` or a person.
 """
 
 import getpass
@@ -9,10 +9,9 @@ import json
 from datetime import UTC, datetime
 
 from components.contract import open_store, say
-from components.models import CHALLENGER, CHAMPION, Registry, Version, tracking_uri
+from components.models import BEFORE, CHALLENGER, CHAMPION, Registry, Version, tracking_uri
 from llava.errors import RefusedInput
 
-BEFORE = "champion_before"
 MOVED = "moved."
 
 
@@ -36,9 +35,12 @@ def rollback(name: str, root: str, by: str | None = None, reason: str = "") -> N
         raise RefusedInput(
             f"{name} has no champion at {registry.uri}: `llava promote {name} VERSION` makes one"
         )
-    before = champion.tags.get(BEFORE) or champion.tags.get("parent_version")
+    before = champion.tags.get(BEFORE)
     if not before:
-        raise RefusedInput(f"models:/{name}/{champion.version} was the first champion: there is no way back")
+        raise RefusedInput(
+            f"models:/{name}/{champion.version} names no champion before it: there is no way back; "
+            f"`llava promote {name} VERSION` makes any version champion"
+        )
     _move(registry, _version(registry, name, before), champion, "rollback", by, reason)
     # The way that led to it is gone back: should it be champion again, that is another story.
     registry.tag(champion, {BEFORE: ""})

@@ -14,26 +14,30 @@ from components.contract import (
     Artifact,
     Component,
     Settings,
+    TrackedRun,
     Tracking,
     TrackingError,
     Workspace,
     open_store,
     run_component,
 )
+from components.contract.manifest import MANIFEST
 from components.contract.runner import Outcome
 from components.evaluate import Evaluate
+from components.filter import Filter
 from components.finetune import Finetune
-from components.instruct import Instruct
+from components.instruct import Instruct, try_endpoint
 from components.models import tracking_uri
 from components.pretrain import Pretrain
 from components.register import Register, champion_model
 from components.shard import Shard
 from components.training.data import check_extra
-from llava.errors import Preempted, RefusedInput
+from components.training.record import curves
+from llava.errors import Preempted, RefusedInput, Terminated
 from workflows import config as configs
 from workflows.config import WorkflowConfig
 
-STAGES = ("backbones", "shard", "instruct", "pretrain", "finetune", "evaluate", "register")
+STAGES = ("backbones", "shard", "instruct", "filter", "pretrain", "finetune", "evaluate", "register")
 
 
 @dataclass
@@ -84,14 +88,23 @@ def run(
 
     `order`: another order of stages than that of a training, given by the workflow that it belongs to.
     """
-    if config.finetune.from_ is not None and until in ("backbones", "pretrain"):
+    if config.finetune.from_ is not None and until in ("backbones", "filter", "pretrain"):
         raise RefusedInput(
             f"finetune.from={config.finetune.from_} replaces backbones and pretrain: run finetune or train"
         )
+    if config.filter.enabled:
+        Filter().external(config.filter)  # refuses a spaCy pipeline that is not installed
+    if until == "filter" and not (config.filter.enabled and config.pretrain.enabled):
+        raise RefusedInput(
+            "filter: set filter.enabled=true; it serves stage 1, so pretrain.enabled must be true"
+        )
+    _check_room(config, workspace, until)
     check_extra("pretrain", config.pretrain.extra, "captions")
     check_extra("finetune", config.finetune.extra, "conversations")
     Evaluate().external(config.evaluate)  # refuses benchmarks whose files are not there
-    workspace.parent = workspace.tracking.start(
+    if STAGES.index(until) >= STAGES.index("instruct"):
+        try_endpoint(config.instruct, workspace)
+    parent = workspace.parent = workspace.tracking.start(
         f"{config.name} {time.strftime('%Y-%m-%d %H:%M:%S')}",
         params=configs.flat(config),
         tags={"workflow": "retrain" if order else "train"},
@@ -99,27 +112,50 @@ def run(
     summary = Summary()
     try:
         with cluster.disconnecting():
-            _stages(config, workspace, until, summary, order or _order)
+            _stages(config, workspace, parent, until, summary, order or _order)
     except BaseException as error:
-        stopped = isinstance(error, Preempted | KeyboardInterrupt | SystemExit)
+        stopped = isinstance(error, Preempted | Terminated | KeyboardInterrupt | SystemExit)
         with contextlib.suppress(TrackingError):
-            workspace.parent.finish("KILLED" if stopped else "FAILED")
+            parent.finish("KILLED" if stopped else "FAILED")
         raise
-    workspace.parent.metrics(summary.scores)
-    workspace.parent.finish("FINISHED")
+    parent.metrics(summary.scores)
+    parent.finish("FINISHED")
     return summary
+
+
+def _check_room(config: WorkflowConfig, workspace: Workspace, until: str) -> None:
+    """Refuse what this machine cannot hold, unless the root has a finished one, which may be the one that is meant."""
+    asked = {
+        name: (settings.min_workers or settings.workers, settings.cpus_per_worker, settings.gpu)
+        for name, settings in (("pretrain", config.pretrain), ("finetune", config.finetune))
+    }
+    asked["evaluate"] = (1, 1, config.evaluate.gpu)
+    if config.finetune.from_ is not None or not config.pretrain.enabled:
+        del asked["pretrain"]
+    for name, (workers, cpus, gpu) in asked.items():
+        finished = any(entry.key.endswith(MANIFEST) for entry in workspace.store.list(f"{name}/"))
+        if STAGES.index(name) <= STAGES.index(until) and not finished:
+            cluster.require(name, workers, cpus, gpu)
 
 
 class _Done(Exception):
     """The stage that was asked for is finished."""
 
 
-def _stages(config: WorkflowConfig, workspace: Workspace, until: str, summary: Summary, order: Order) -> None:
+def _stages(
+    config: WorkflowConfig,
+    workspace: Workspace,
+    parent: TrackedRun,
+    until: str,
+    summary: Summary,
+    order: Order,
+) -> None:
     def stage(
         component: Component, settings: Settings, as_name: str | None = None, **inputs: Artifact
     ) -> Artifact:
         outcome = run_component(component, settings, inputs, workspace)
         summary.add(as_name or component.name, outcome)
+        parent.metric_rows(curves(as_name or component.name, outcome.artifact))
         summary.scores |= {
             name: value
             for name, value in outcome.artifact.manifest.metrics.items()
@@ -159,6 +195,8 @@ def until_finetune(
         captions = dataset
         if config.shard_captions is not None:
             captions = stage(Shard(), config.shard_captions, "shard_captions")
+        if config.filter.enabled:
+            captions = stage(Filter(), config.filter, dataset=captions)
         model = stage(Pretrain(), config.pretrain, model=model, dataset=captions)
     return model, instructions
 

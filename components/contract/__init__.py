@@ -15,7 +15,7 @@ from components.contract.manifest import (
     verify,
 )
 from components.contract.runner import Outcome, Workspace, run_component
-from components.contract.secrets import refuse_secrets
+from components.contract.secrets import refuse_secrets, without_secret
 from components.contract.store import Entry, Folder, Stat, Store, StoreError, open_store
 from components.contract.tracking import TrackedRun, Tracking, TrackingError
 
@@ -58,4 +58,5 @@ __all__ = [
     "say",
     "sha256_of",
     "verify",
+    "without_secret",
 ]

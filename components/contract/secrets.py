@@ -28,3 +28,8 @@ def refuse_secrets(text: str, what: str = "this value") -> str:
                 "through the environment (AWS_ACCESS_KEY_ID, MLFLOW_TRACKING_USERNAME, ...) or mounted files"
             )
     return text
+
+
+def without_secret(text: str, secret: str) -> str:
+    """`text` as it may be shown: each `secret` in it as three stars."""
+    return text.replace(secret, "***") if secret else text

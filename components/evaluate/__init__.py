@@ -26,7 +26,7 @@ class Evaluate(Component):
     """
 
     name: ClassVar[str] = "evaluate"
-    version: ClassVar[str] = "3"
+    version: ClassVar[str] = "4"
     Settings: ClassVar[type[Settings]] = EvaluateSettings
 
     def check(self, settings: EvaluateSettings, inputs: Mapping[str, Artifact]) -> None:
@@ -48,7 +48,7 @@ class Evaluate(Component):
 
     def run(self, job: Job) -> None:
         """Ask, score, report; answers are kept batch by batch, so that a second run goes on."""
-        evaluation = Evaluation(job, self.version)
+        evaluation = Evaluation(job)
         evaluation.ask()
         evaluation.score()
         evaluation.report()

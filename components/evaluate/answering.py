@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
-from components.cluster import failures_told
+from components.cluster import failures_told, resources
 from components.contract import Artifact, Folder
 from components.evaluate.showing import Picture, blank
 
@@ -53,14 +54,14 @@ class Answer(TypedDict):
 class Answerer:
     """The model in one process; answers batch after batch."""
 
-    def __init__(self, model: Artifact) -> None:
-        import torch
-
+    def __init__(self, model: Artifact, gpu: bool) -> None:
         from llava.generate import load, template_name
 
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model, self.processor = load(model.local("model"), device)
+        self.model, self.processor = load(model.local("model"), "cuda" if gpu else "cpu")
         self.measures_loss = template_name(self.processor) is not None
+
+    def ready(self) -> None:
+        """Answered as soon as the model is loaded."""
 
     def answer(self, batch: Sequence[Ask]) -> list[Answer]:
         """One answer per question, in their order; all of a batch are asked under the same conditions."""
@@ -101,6 +102,7 @@ def answer_all(
     *,
     batch_size: int,
     workers: int,
+    gpu: bool = False,
     before_write: Callable[[], None],
     say: Callable[[str], None],
 ) -> dict[str, Answer]:
@@ -113,7 +115,7 @@ def answer_all(
     if found:
         say(f"{len(asks) - len(missing):,} of {len(asks):,} questions are answered already")
     last = -SAY_EVERY_SECONDS
-    for answers in _answers(model, batches(missing, batch_size), workers):
+    for answers in _answers(model, batches(missing, batch_size), workers, gpu, say):
         before_write()
         # No later batch holds the first key of this one: no file is ever written twice.
         folder.write(f"{PARTS}{answers[0]['key']}.jsonl", to_jsonl(answers))
@@ -151,23 +153,36 @@ def _stored(folder: Folder) -> dict[str, Answer]:
     return {row["key"]: row for row in rows}
 
 
-def _answers(model: Artifact, waiting: Sequence[list[Ask]], workers: int) -> Iterator[list[Answer]]:
-    """The answers of each batch, as they come."""
+def _answers(
+    model: Artifact, waiting: Sequence[list[Ask]], workers: int, gpu: bool, say: Callable[[str], None]
+) -> Iterator[list[Answer]]:
+    """The answers of each batch, as they come. Workers that find no place yet hold nobody up."""
     if not waiting:
         return
     import ray
-    from ray.util import ActorPool
 
-    gpus = 1 if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1 else 0
-    remote = ray.remote(Answerer).options(num_cpus=1, num_gpus=gpus, max_restarts=2, max_task_retries=2)
-    actors = [remote.remote(model) for _ in range(min(workers, len(waiting)))]
+    remote = ray.remote(Answerer).options(num_cpus=1, num_gpus=int(gpu), max_restarts=2, max_task_retries=2)
+    actors = [remote.remote(model, gpu) for _ in range(min(workers, len(waiting)))]
+    coming = {actor.ready.remote(): actor for actor in actors}
+    left, busy = deque(waiting), dict[Any, Any]()
     try:
         with failures_told(
             "a worker that answers questions died; fewer workers or a smaller batch_size take less memory"
         ):
-            yield from ActorPool(actors).map_unordered(
-                lambda actor, batch: actor.answer.remote(batch), waiting
-            )
+            while left or busy:
+                done, _ = ray.wait([*coming, *busy], num_returns=1, timeout=SAY_EVERY_SECONDS)
+                if not done and not busy:
+                    say(
+                        f"waiting for a worker with 1 {'GPU' if gpu else 'CPU'}; the cluster has {resources()}"
+                    )
+                for reference in done:
+                    found = ray.get(reference)
+                    actor = coming.pop(reference, None)
+                    if actor is None:
+                        actor = busy.pop(reference)
+                        yield found
+                    if left:
+                        busy[actor.answer.remote(left.popleft())] = actor
     finally:
         for actor in actors:
             ray.kill(actor)

@@ -30,14 +30,16 @@ if TYPE_CHECKING:
 
 EXAMPLE = "example.png"
 """A picture of the evaluation, for whoever wants to ask the model about one."""
+_HELD_OUT = "3"
+"""How held-out questions are put and judged: raised where their scores compare no more with those before."""
 _RIGHT_OR_WRONG = ("vqa", "pope", "scienceqa")
 
 
 class Evaluation:
     """What is asked, what was answered, and what came of it."""
 
-    def __init__(self, job: Job, version: str) -> None:
-        self.job, self.version = job, version
+    def __init__(self, job: Job) -> None:
+        self.job = job
         self.settings: EvaluateSettings = job.settings
         self.model, self.dataset = job.inputs["model"], job.inputs["questions"]
         self.asks: list[Ask] = []
@@ -67,6 +69,7 @@ class Evaluation:
             self.job.folder,
             batch_size=self.settings.batch_size,
             workers=self.settings.workers,
+            gpu=self.settings.gpu,
             before_write=self.job.lease.check,
             say=self.job.say,
         )
@@ -116,7 +119,7 @@ class Evaluation:
         settings = self.settings
         self.questions, skipped = read_questions(self.dataset.folder, settings.limit, settings.seed)
         wrong = wrong_pictures(self.questions, settings.seed)
-        terms = {"benchmark": HELD_OUT, "max_new_tokens": settings.max_new_tokens, "version": self.version}
+        terms = {"benchmark": HELD_OUT, "max_new_tokens": settings.max_new_tokens, "version": _HELD_OUT}
         digest = exam_digest(self.questions, wrong, terms)
         for reason, count in sorted(skipped.items()):
             self.job.say(f"{count:,} held-out rows are no question: {reason}")

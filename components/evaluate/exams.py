@@ -13,9 +13,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from components.contract import MANIFEST, Store, fingerprint, open_store, read_artifact, sha256_of
+from components.contract import MANIFEST, Store, fingerprint, open_store, read_artifact, recipe, sha256_of
 from components.evaluate.benchmarks import Files, Scored, Unit, find
-from components.evaluate.benchmarks.base import Row, by_id, get, read_json, read_object, read_rows, text_of
+from components.evaluate.benchmarks.base import (
+    Row,
+    by_id,
+    get,
+    read_json,
+    read_object,
+    read_rows,
+    read_text,
+    text_of,
+)
 from components.evaluate.benchmarks.captions import read_references
 from components.evaluate.benchmarks.scienceqa import prompt as science_prompt
 from components.evaluate.benchmarks.scienceqa import read_problems
@@ -71,8 +80,11 @@ def open_exam(settings: ExamSettings, folder: Path) -> Exam:
     if not items:
         raise RefusedInput(f"benchmarks: {settings.title}: its files hold no question")
     asked = [[item.prompt, None if item.picture is None else item.picture.sha256, item.row] for item in items]
-    labels = {path.name: sha256_of(path.read_text(encoding="utf-8-sig")) for path in folder.iterdir()}
-    terms = {"benchmark": settings.benchmark, "max_new_tokens": settings.answer_length}
+    labels = {path.name: sha256_of(read_text(path)) for path in folder.iterdir()}
+    terms: Row = {"benchmark": settings.benchmark, "max_new_tokens": settings.answer_length}
+    if settings.judge is not None:
+        judged = {"runs": settings.judge_runs, "swap": settings.judge_swap}
+        terms["judge"] = recipe(settings.judge) | judged
     exam = Exam(settings, items, files, sha256_of({"asked": asked, "labels": labels, "terms": terms}))
     if settings.benchmark in ("vqa", "pope", "scienceqa"):
         # Labels that do not fit are refused now, and not when everything is answered.

@@ -3,7 +3,7 @@
 Every reply is stored as it came, one line per question, at once. A reply that cannot be parsed is asked for again; what
 was said before stays in `failed_tries`. A line whose last try failed is judged again by the next run.
 
-The key comes from OPENAI_API_KEY only.
+The key comes from OPENAI_API_KEY only, and what the endpoint says of a failure is told without it.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from components.contract import Settings, refuse_secrets, run_field
+from components.contract import Settings, refuse_secrets, run_field, without_secret
 from components.evaluate.benchmarks import llava_bench, scienceqa
 from components.evaluate.benchmarks.base import Row, by_id, read_object, read_rows, same_rows
 from components.evaluate.benchmarks.letters import letter
@@ -33,6 +33,8 @@ _MARKS_WANTED = (
     "the mark of answer 1 and the mark of answer 2, with one blank between them, and nothing else. "
     "Explain the marks on the lines below, and do not let the order of the answers count."
 )
+KEEP_SECONDS = 2.0
+"""How often what was judged is carried to where it is kept: so much work is lost at most."""
 _LETTER_WANTED = 'End with the sentence "The answer is X.", where X is the letter of your choice.'
 
 
@@ -49,6 +51,11 @@ class JudgeSettings(Settings):
     seconds: float = run_field(60.0, gt=0, description="Time after which a reply counts as failed")
     pause: float = run_field(2.0, ge=0, description="Seconds to wait after an error of the endpoint; doubles")
     concurrency: int = run_field(8, ge=1, description="Questions that are judged at once")
+
+    @field_validator("url")
+    @classmethod
+    def _without_secrets(cls, url: str | None) -> str | None:
+        return url and refuse_secrets(url, "the judge's URL")
 
 
 @dataclass(frozen=True)
@@ -77,13 +84,18 @@ Parse = Callable[[str | None], Any]
 
 
 def judge(
-    settings: JudgeSettings, tasks: Sequence[Task], path: Path, parse: Parse, field: str | None = None
+    settings: JudgeSettings,
+    tasks: Sequence[Task],
+    path: Path,
+    parse: Parse,
+    field: str | None = None,
+    keep: Callable[[], None] = lambda: None,
 ) -> Tally:
     """Ask for every task that `path` holds no parsable reply to; the parsed reply is stored under `field` too.
 
-    Refuses a file with lines of other questions. Raises `RefusedInput` where the endpoint refuses the key or model.
+    `keep` is called every KEEP_SECONDS until all is judged; nothing writes to `path` meanwhile. Refuses a file with
+    lines of other questions. Raises `RefusedInput` where the endpoint refuses the key or model.
     """
-    refuse_secrets(settings.url or "", "the judge's URL")
     wanted = {str(task.row["question_id"]): task for task in tasks}
     there = by_id(read_rows(path), path) if path.exists() else {}
     foreign = [id_ for id_ in there if id_ not in wanted]
@@ -114,14 +126,21 @@ def judge(
         parsed = parse(reply)
         row = wanted[id_].row | {"content": reply} | ({field: parsed} if field else {})
         row |= ({"error": error} if error else {}) | ({"failed_tries": tries} if tries else {})
-        with lock, path.open("a", encoding="utf-8") as file:
+        # Half a surrogate pair is valid JSON, and no UTF-8.
+        with lock, path.open("a", encoding="utf-8", errors="replace") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
         return parsed is not None, len(tries) - before
 
     with ThreadPoolExecutor(settings.concurrency) as pool:
-        futures = [pool.submit(one, id_) for id_ in open_]
+        left = {pool.submit(one, id_) for id_ in open_}
+        outcomes = []
         try:
-            outcomes = [future.result() for future in futures]
+            while left:
+                done, left = wait(left, KEEP_SECONDS, "FIRST_EXCEPTION")
+                outcomes += [future.result() for future in done]
+                if left:
+                    with lock:
+                        keep()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -196,36 +215,54 @@ def _client(settings: JudgeSettings) -> Callable[[str], tuple[str | None, str | 
         import openai
     except ModuleNotFoundError:
         raise RefusedInput("a live judge needs the OpenAI client: pip install openai") from None
-    if not os.environ.get("OPENAI_API_KEY"):
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not key or not key.isascii():
         raise RefusedInput(
-            "a live judge needs a key: set OPENAI_API_KEY (any text, where the endpoint asks for none)"
+            "a live judge needs a key: set OPENAI_API_KEY (any ASCII text, where the endpoint asks for none)"
         )
-    client = openai.OpenAI(base_url=settings.url, timeout=settings.seconds, max_retries=0)
+    address = settings.url or "$OPENAI_BASE_URL"  # which may hold a password
+    try:
+        client = openai.OpenAI(api_key=key, base_url=settings.url, timeout=settings.seconds, max_retries=0)
+    except Exception as error:  # httpx's, under one of its names
+        raise RefusedInput(f"the judge's URL {address}: {error}; such as http://HOST/v1") from None
 
     def ask(text: str) -> tuple[str | None, str | None]:
         try:
-            reply = client.chat.completions.create(
-                model=settings.model,
-                messages=[{"role": "system", "content": ROLE}, {"role": "user", "content": text}],
-                temperature=settings.temperature,
-                max_tokens=settings.max_tokens,
-            )
+            # As text: the client's own types take half an answer for a whole one.
+            body = client.post("/chat/completions", cast_to=str, body={
+                "model": settings.model,
+                "messages": [{"role": "system", "content": ROLE}, {"role": "user", "content": text}],
+                "temperature": settings.temperature,
+                "max_tokens": settings.max_tokens,
+            })  # fmt: skip
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
             raise RefusedInput(
-                f"the judge {settings.model} at {client.base_url} refuses: {error.message}; see the name, the URL and "
+                f"the judge {settings.model} at {address} refuses: {shown(error.message)}; see the name, the URL and "
                 "OPENAI_API_KEY"
             ) from None
         except openai.APIError as error:
-            return None, f"{type(error).__name__}: {error.message}"
-        message = reply.choices[0].message if reply.choices else None
-        if message is None or message.content is None:
-            return (
-                None,
-                f"refusal: {message.refusal}" if message is not None and message.refusal else "empty reply",
-            )
-        return message.content, None
+            return None, shown(f"{type(error).__name__}: {error.message}")
+        said, why = _said(body)
+        return said, why and shown(why)
+
+    def shown(text: str) -> str:
+        return without_secret(text, key)[:300]
 
     return ask
+
+
+def _said(body: str) -> tuple[str | None, str | None]:
+    """(what the judge says, None) from an answer's body, or (None, why it says nothing)."""
+    try:
+        message = json.loads(body)["choices"][0]["message"]
+        said, refusal = message.get("content"), message.get("refusal")
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return None, f"malformed reply: {body}"
+    if isinstance(said, str):
+        return said, None
+    if said is not None:
+        return None, f"malformed reply: {said}"
+    return None, f"refusal: {refusal}" if refusal else "empty reply"
 
 
 def _replace(path: Path, rows: Iterable[Row]) -> None:

@@ -1,8 +1,12 @@
-"""A live judge inside an evaluation: reviews are kept run by run, so that nothing is judged, and paid for, twice."""
+"""A live judge inside an evaluation: reviews are kept as they come, so that a crash repeats, and pays for, few.
+
+Every `judge.KEEP_SECONDS` they are carried from the scratch folder into the artifact's, where the next run finds them.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from components.contract import Job
@@ -30,18 +34,23 @@ def reviews(job: Job, exam: Exam, files: Files, folder: Path) -> Files:
             files.need("answers", "the model's answers"),
             one.judge_swap and run % 2 == 1,
         )
+        keep = partial(_keep, job, path, key)
         try:
-            tally = judging.judge(one.judge, tasks, path, judging.parse_marks, "tuple")
+            tally = judging.judge(one.judge, tasks, path, judging.parse_marks, "tuple", keep)
         finally:
-            if path.exists():
-                job.lease.check()
-                job.folder.upload(path, key)
+            keep()
         job.say(
             f"{one.title}: judge run {run + 1} of {one.judge_runs}: {tally.judged:,} judged, {tally.kept:,} were "
             f"there, {tally.failed:,} failed"
         )
         made.append(path)
     return replace(files, reviews=made)
+
+
+def _keep(job: Job, path: Path, key: str) -> None:
+    if path.exists():
+        job.lease.check()
+        job.folder.upload(path, key)
 
 
 def _copy(path: str | None, what: str) -> str:

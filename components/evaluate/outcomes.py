@@ -42,8 +42,8 @@ def comparable(
             )
         if ours["digest"] != theirs["digest"]:
             raise OtherQuestions(
-                f"{name}: the two answered other questions ({ours['digest'][:12]}, {theirs['digest'][:12]}); evaluate "
-                "both on the same"
+                f"{name}: the two answered other questions, or were judged otherwise ({ours['digest'][:12]}, "
+                f"{theirs['digest'][:12]}); evaluate both on the same"
             )
     left_out = {name: excluded(base, name) | excluded(new, name) for name in names}
     first, second = (
@@ -62,14 +62,16 @@ def excluded(evaluation: Artifact, name: str) -> set[str]:
 
 
 def without(scored: Scored, names: Collection[str]) -> Scored:
-    """The outcome over the questions that are not among `names`."""
+    """The outcome over the questions that are not among `names`; what only all of them have (`extra`) is dropped."""
     kept = [
         place for place, unit in enumerate(scored.units) if unit_name(scored.benchmark, unit) not in names
     ]
     if len(kept) == len(scored.units):
         return scored
-    units = [scored.units[place] for place in kept]
-    return replace(scored, units=units, sums=scored.sums[kept], n=len(kept))
+    units, gone = [scored.units[place] for place in kept], len(scored.units) - len(kept)
+    before = f"counted with the {gone:,} of {len(scored.units):,} that are left out"
+    remarks = [f"{remark} ({before})" for remark in scored.remarks]
+    return replace(scored, units=units, sums=scored.sums[kept], n=len(kept), remarks=remarks, extra={})
 
 
 def unit_name(benchmark: str, unit: Unit) -> str:

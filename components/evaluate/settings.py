@@ -121,9 +121,8 @@ class EvaluateSettings(Settings):
         description="Pictures that the model was trained on: not looked for, reported, or left out of the scores",
     )
     batch_size: int = run_field(32, ge=1, description="Questions that are answered at once by one worker")
-    workers: int = run_field(
-        1, ge=1, description="Ray actors, each holding the model (and a GPU where there are any)"
-    )
+    workers: int = run_field(1, ge=1, description="Ray actors, each holding the model")
+    gpu: bool = run_field(False, description="Whether each worker takes a GPU")
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:

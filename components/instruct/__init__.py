@@ -1,6 +1,7 @@
 """Stage `instruct`: conversations about pictures, written from captions and boxes by a text-only teacher."""
 
 from components.instruct.component import Instruct, training_files
+from components.instruct.llm.stage import try_endpoint
 from components.instruct.settings import InstructSettings
 
-__all__ = ["Instruct", "InstructSettings", "training_files"]
+__all__ = ["Instruct", "InstructSettings", "training_files", "try_endpoint"]

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from components.contract.component import Component, Job
 from components.contract.manifest import Artifact
 from components.contract.store import Folder
-from components.instruct.llm.checks import language_is_known
+from components.instruct.llm.checks import VERSION, language_is_known
 from components.instruct.llm.endpoint import read_key
 from components.instruct.llm.prompts import load_prompts
 from components.instruct.llm.stage import answered_tasks
@@ -52,8 +52,10 @@ class Instruct(Component):
                 )
 
     def external(self, settings: InstructSettings) -> dict[str, str]:
-        """The prompts, by their contents."""
-        return {"prompts": load_prompts(settings.prompts).digest} if settings.teacher == "llm" else {}
+        """The prompts, by their contents, and which checks the answers have to pass."""
+        if settings.teacher != "llm":
+            return {}
+        return {"prompts": load_prompts(settings.prompts).digest, "checks": VERSION}
 
     def run(self, job: Job) -> None:
         """One task for each training file, one for all held-out files together, then the report."""

@@ -16,13 +16,15 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from benchmarks.evaluation import shapes
-from components.contract import Artifact, Component, Job, Settings, open_store
+from components.contract import Artifact, Component, Job, Settings, open_store, sha256_of
 from components.evaluate import Evaluate, EvaluateSettings, ExamSettings, exams, report, science_data
 from components.evaluate.answering import RIGHT, Answerer, Ask, answer_all, batches, to_jsonl
 from components.evaluate.benchmarks import Files, find
+from components.evaluate.benchmarks.base import read_rows
 from components.evaluate.benchmarks.letters import letter
 from components.evaluate.benchmarks.vqa import is_match
-from components.evaluate.outcomes import outcomes
+from components.evaluate.compare import OtherQuestions
+from components.evaluate.outcomes import comparable, outcomes
 from components.evaluate.page import escape
 from components.evaluate.questions import Question, exam_digest, read_questions, wrong_pictures
 from components.evaluate.report import Sample
@@ -154,7 +156,17 @@ def test_an_evaluation_scores_every_benchmark_from_files_that_anybody_can_score_
     assert all(shown[line["id"]] != shown[line["wrong_image_of"]] for line in lines)
 
     notes = artifact.manifest.notes["exams"]
-    assert list(notes) == ["vqa", "pope", "scienceqa", "vqa-ten", "own", "captions"]
+    assert list(notes) == ["vqa", "pope", "scienceqa", "vqa-ten", "own", "captions", "llava-bench"]
+    # Without a judge it is answered, with its pictures and with blank ones, and not scored.
+    assert notes.pop("llava-bench")["scores"] == {}
+    said_ = [
+        {
+            row["question_id"]: row["text"]
+            for row in read_rows(folder / "exams" / "llava-bench" / f"{name}.jsonl")
+        }
+        for name in ("answers", "blank-answers")
+    ]
+    assert len(said_[0]) == 6 and said_[0].keys() == said_[1].keys() and said_[0] != said_[1]
     again = outcomes(artifact)
     for name, note in notes.items():
         told = {score: value for score, value in again[name].scores.items() if math.isfinite(value)}
@@ -180,7 +192,7 @@ def test_an_evaluation_scores_every_benchmark_from_files_that_anybody_can_score_
     sampled = [
         line
         for line in text.splitlines()
-        if re.match(r"\| (even|odd|pope|scienceqa|vqa-ten|own|captions) \|", line)
+        if re.match(r"\| (even|odd|pope|scienceqa|vqa-ten|own|captions|llava-bench) \|", line)
     ]
     assert len(sampled[-report.SAMPLES :]) == 20
     client = MlflowClient(mlflow_db)
@@ -218,7 +230,7 @@ def asks(rows: list[Row]) -> list[Ask]:
 def test_batched_and_single_answers_are_the_same(
     run_in: Callable[..., Any], model_folder: Path, entries: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    worker = Answerer(run_in(Given("finetune", model_folder), GivenSettings()).artifact)
+    worker = Answerer(run_in(Given("finetune", model_folder), GivenSettings()).artifact, gpu=False)
     waiting = []
     for number, entry in enumerate(entries):
         settings = ExamSettings(**entry | {"max_new_tokens": 8})
@@ -335,6 +347,32 @@ def test_files_that_do_not_fit_are_refused_before_anything_is_asked(
         exams.open_exam(ExamSettings(**entries[entry] | change), tmp_path / "exam")
 
 
+def test_another_judge_is_another_exam_and_without_one_the_exam_is_what_it_always_was(tmp_path: Path) -> None:
+    row = {"question_id": 1, "text": "What?", "category": "conv"}
+    (tmp_path / "rows.jsonl").write_bytes(to_jsonl([row]))
+    files = dict.fromkeys(("questions", "reference", "context"), str(tmp_path / "rows.jsonl"))
+    places = iter(range(99))
+
+    def digest(**given: Any) -> str:
+        settings = ExamSettings(benchmark="llava-bench", **files, **given)
+        return exams.open_exam(settings, tmp_path / f"{next(places)}").digest
+
+    judge = {"model": "j", "url": "http://127.0.0.1/v1"}
+    asked = [["What?", None, {"question_id": 1, "metadata": {"category": "conv"}}]]
+    labels = {f"{name}.jsonl": sha256_of(json.dumps(row) + "\n") for name in files}
+    terms = {"benchmark": "llava-bench", "max_new_tokens": 1024}
+    assert digest() == sha256_of({"asked": asked, "labels": labels, "terms": terms})
+    judged = [
+        digest(judge=judge | changed, **others)
+        for changed, others in (
+            ({}, {}), ({"model": "k"}, {}), ({"temperature": 1.0}, {}), ({"max_tokens": 9}, {}),
+            ({}, {"judge_runs": 2}), ({}, {"judge_runs": 2, "judge_swap": True}),
+        )
+    ]  # fmt: skip
+    assert len({digest(), *judged}) == 7
+    assert digest(judge=judge | {"seconds": 1.0, "concurrency": 1}) == judged[0]
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
@@ -347,6 +385,16 @@ def test_files_that_do_not_fit_are_refused_before_anything_is_asked(
         (
             {"benchmark": "llava-bench", "questions": "q", "judge": {"model": "m"}},
             "a judge needs reference and context",
+        ),
+        (
+            {
+                "benchmark": "llava-bench",
+                "questions": "q",
+                "reference": "r",
+                "context": "c",
+                "judge": {"model": "m", "url": "http://me:secret@host/v1"},
+            },
+            "the judge's URL holds a URI with a password",
         ),
     ],
 )
@@ -393,6 +441,15 @@ def test_a_judge_is_asked_again_for_what_failed_and_for_nothing_else(
     # First run 100 x 4 / 8, in the swapped one the candidate stands first: 100 x 8 / 4.
     assert note["scores"]["conversation"] == pytest.approx((50 + 200) / 2)
     assert outcomes(artifact)["llava-bench"].scores["all"] == note["scores"]["all"]
+    other = judged | {"judge": judge | {"model": "k"}}
+    again = run_in(
+        Evaluate(), EvaluateSettings(max_new_tokens=2, limit=6, benchmarks=[other]), inputs
+    ).artifact
+    assert comparable(artifact, again, ["vqa"])
+    with pytest.raises(
+        OtherQuestions, match="llava-bench: the two answered other questions, or were judged otherwise"
+    ):
+        comparable(artifact, again, ["llava-bench"])
     unjudged = run_in(
         Evaluate(), EvaluateSettings(max_new_tokens=2, limit=6, benchmarks=[entry]), inputs
     ).artifact

@@ -26,6 +26,7 @@ from components.evaluate.outcomes import comparable, files_note
 from components.models import Registry, model_folder, open_model, resolve
 from components.register import Register, RegisterSettings, champion_model
 from llava.errors import LlavaError, RefusedInput
+from workflows.promote import promote, rollback
 
 
 class FileSettings(Settings):
@@ -184,7 +185,7 @@ def test_drill_a_clearly_better_model_takes_over_and_names_its_parent(bench: Ben
             r"floor undercut: second/exact_match 79\.50 is under its floor 80; vqa/exact_match 60\.00.*better$",
         ),
         ({"score": 50.0}, {"score": 99.0, "exam": "other"}, {},
-         r"refused: not comparable: vqa: the two answered other questions \(exam, other\)"),
+         r"refused: not comparable: vqa: the two answered other questions, or were judged otherwise \(exam, other\)"),
         ({"score": 50.0}, {"score": 99.0, "yes": 99.0}, {"benchmarks": ["vqa/exact_match", "second/exact_match"]},
          r"refused: not comparable: second: .* did not measure it"),
     ],
@@ -273,6 +274,21 @@ def test_a_new_evaluation_of_a_registered_model_can_make_it_champion(bench: Benc
     bench.enter(name, "b", 60.0)
     assert bench.aliases(name) == {"champion": "2"}
     assert bench.registry.by_version(name, "3") is None
+
+
+def test_rollback_leads_to_the_champion_that_was_there_whoever_made_it_one(
+    bench: Bench, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", bench.registry.uri)
+    bench.enter(name, "a", 50.0)
+    bench.enter(name, "b", 40.0)
+    promote(name, "2", str(tmp_path))
+    bench.enter(name, "c", 60.0)
+    bench.enter(name, "b", 80.0)
+    # Version 2 was made while 1 was champion, and promoted from it by hand once; now it has followed 3.
+    assert bench.aliases(name) == {"champion": "2"}
+    rollback(name, str(tmp_path))
+    assert bench.aliases(name) == {"champion": "3"}
 
 
 def test_registration_is_not_finished_in_another_registry(

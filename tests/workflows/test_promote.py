@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from components.models import CHALLENGER, CHAMPION, Registry
+from components.models import BEFORE, CHALLENGER, CHAMPION, Registry
 from llava.errors import RefusedInput
-from workflows.promote import BEFORE, MOVED, promote, rollback
+from workflows.promote import MOVED, promote, rollback
 
 NAME = "llava-hand"
 
@@ -17,11 +17,11 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
     """Three versions: 1 was champion, then 2; 3 did not win."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     found = Registry(f"sqlite:///{tmp_path}/mlflow.db")
-    for number, parent in ((1, ""), (2, "1"), (3, "2")):
+    for number, before in ((1, ""), (2, "1"), (3, "")):
         model = tmp_path / f"model-{number}"
         model.mkdir()
         (model / "config.json").write_text("{}")
-        version = found.add(NAME, str(model), None, {"parent_version": parent})
+        version = found.add(NAME, str(model), None, {BEFORE: before})
         found.name_as(version, CHALLENGER if number == 3 else CHAMPION)
     return found
 
@@ -56,7 +56,7 @@ def test_rolling_back_twice_goes_back_two_champions_and_then_no_further(
     rollback(NAME, str(tmp_path))
     rollback(NAME, str(tmp_path))
     assert champion(registry) == "1"
-    with pytest.raises(RefusedInput, match=f"models:/{NAME}/1 was the first champion"):
+    with pytest.raises(RefusedInput, match=f"models:/{NAME}/1 names no champion before it"):
         rollback(NAME, str(tmp_path))
 
 

@@ -73,6 +73,8 @@ class Unit:
     value: float
     """How good the answer is, in the benchmark's own measure; nan where no judgement stands."""
     image: str | None = None
+    failed: int = 0
+    """Of its answers or judgements, how many could not be used."""
 
 
 @dataclass(frozen=True)
@@ -85,12 +87,15 @@ class Scored:
     formula: Formula
     n: int
     """Questions that were asked."""
-    failed: int
-    """Answers or judgements that could not be used; a failed answer is wrong, a failed judgement left out."""
     remarks: Sequence[str] = ()
     """What a reader of the score must know, one sentence each."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Further keys of the `--json` object."""
+
+    @property
+    def failed(self) -> int:
+        """Answers or judgements that could not be used; a failed answer is wrong, a failed judgement left out."""
+        return sum(unit.failed for unit in self.units)
 
     @property
     def scores(self) -> dict[str, float]:
@@ -117,9 +122,19 @@ class Benchmark:
     """The score that stands for the benchmark where one number must."""
 
 
+def read_text(path: Path) -> str:
+    """A file of UTF-8 text, with or without a byte order mark; RefusedInput where it cannot be read as one."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise RefusedInput(f"{path}: {error.strerror or error}; give the path of a file") from None
+    except UnicodeDecodeError as error:
+        raise RefusedInput(f"{path}: no UTF-8 text (byte {error.start}); convert it first") from None
+
+
 def read_rows(path: Path) -> list[Row]:
     """The objects of a JSONL file or of a JSON list, in their order."""
-    text = _read(path)
+    text = read_text(path)
     if text.lstrip().startswith("["):
         rows = _parse(path, text)
     else:
@@ -135,7 +150,7 @@ def read_rows(path: Path) -> list[Row]:
 
 def read_json(path: Path) -> Any:
     """The one JSON value in `path`."""
-    return _parse(path, _read(path))
+    return _parse(path, read_text(path))
 
 
 def read_object(path: Path) -> Row:
@@ -216,18 +231,15 @@ def _first(keys: Sequence[Hashable]) -> str:
     return ("first: " if len(shown) > _NAMED else "") + ", ".join(shown[:_NAMED])
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise RefusedInput(f"{path}: {error.strerror or error}; give the path of a file") from None
-    except UnicodeDecodeError as error:
-        raise RefusedInput(f"{path}: no UTF-8 text (byte {error.start}); convert it first") from None
-
-
 def _parse(path: Path, text: str, line: int | None = None) -> Any:
+    def once(pairs: list[tuple[str, Any]]) -> Row:
+        found = dict(pairs)
+        if len(found) < len(pairs):  # Python keeps the last of two equal keys
+            same_rows(found, [key for key, _ in pairs], str(path), "entries", "keys")
+        return found
+
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=once)
     except json.JSONDecodeError as error:
         at = f"line {error.lineno if line is None else line}"
         raise RefusedInput(f"{path}: {at} is no JSON ({error.msg}); the file may be cut short") from None

@@ -19,6 +19,7 @@ from components.evaluate.benchmarks.base import (
     Row,
     Scored,
     Unit,
+    by_id,
     get,
     read_json,
     read_rows,
@@ -60,10 +61,11 @@ def score(files: Files) -> Scored:
             given[name],
             float(row[-1]),
             name,
+            int(not given[name].strip()),
         )
         for name, row in zip(wanted, sums, strict=True)
     ]
-    return Scored("captions", units, sums, formula, len(units), failed, remarks)
+    return Scored("captions", units, sums, formula, len(units), remarks)
 
 
 def statistics(captions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> Floats:
@@ -123,7 +125,8 @@ def read_references(path: Path) -> dict[str, list[str]]:
     same_rows(seen, seen, f"{path}: annotation ids", "rows", "captions")
     for row in value["annotations"]:
         references[str(get(row, "image_id", path))].append(text_of(row, path, "caption"))
-    without = [str(image["id"]) for image in value.get("images", []) if str(image["id"]) not in references]
+    images = by_id(value.get("images", []), path, key="id")
+    without = [id_ for id_ in images if id_ not in references]
     if without:
         raise RefusedInput(
             f"{path}: {len(without):,} images have no reference caption ({', '.join(without[:5])})"

@@ -99,7 +99,7 @@ def score(files: Files) -> Scored:
         asked_text, image = (questions or {}).get(id_, {}), (questions or {}).get(id_, {}).get("image")
         units.append(
             Unit((id_, categories[id_] or ""), str(asked_text.get("text", "")), "", text,
-                 float(np.mean(given)) if given else float("nan"), image)
+                 float(np.mean(given)) if given else float("nan"), image, len(marks) - len(given))
         )  # fmt: skip
     by_run = _Ratio(len(runs))
     array = np.array(sums, dtype=np.float64)
@@ -108,7 +108,7 @@ def score(files: Files) -> Scored:
         each = [by_run.of_run(point(array, by_run.every), place) for place in range(len(runs))]
         extra["runs"] = each
         extra["spread"] = {name: float(np.std([run[name] for run in each], ddof=1)) for name in each[0]}
-    return Scored("llava-bench", units, array, by_run.mean, len(asked), failed, remarks, extra)
+    return Scored("llava-bench", units, array, by_run.mean, len(asked), remarks, extra)
 
 
 @dataclass(frozen=True)

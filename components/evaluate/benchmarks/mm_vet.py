@@ -74,7 +74,7 @@ def score(files: Files) -> Scored:
         units.append(
             Unit((id_, str(row.get("question", "")), str(row.get("answer", ""))), str(row.get("question", "")),
                  str(row.get("answer", "")), str(answers.get(id_, "")),
-                 float(np.mean(given)) if given else math.nan, row.get("imagename"))
+                 float(np.mean(given)) if given else math.nan, row.get("imagename"), runs - len(given))
         )  # fmt: skip
 
     def every(sums: Floats) -> dict[str, Floats]:
@@ -98,7 +98,7 @@ def score(files: Files) -> Scored:
         extra["spread"] = {
             name: float(np.std([one[name] for one in extra["runs"]], ddof=1)) for name in names
         }
-    return Scored("mm-vet", units, array, formula, len(truth), failed, remarks, extra)
+    return Scored("mm-vet", units, array, formula, len(truth), remarks, extra)
 
 
 def prompt(row: Row) -> str:

@@ -6,6 +6,7 @@ The answers file says in `option_char` which option stood behind each letter of 
 from __future__ import annotations
 
 import csv
+import io
 import re
 import sys
 from collections import defaultdict
@@ -24,6 +25,7 @@ from components.evaluate.benchmarks.base import (
     by_id,
     get,
     read_rows,
+    read_text,
     same_rows,
     table,
     text_of,
@@ -92,9 +94,9 @@ def score(files: Files) -> Scored:
             f"{path}: {len(odd):,} of {len(questions):,} questions have not one answer for each rotation of their "
             f"options (first: {odd[0]}); nothing is scored"
         )
-    units, first, every, failed = [], [], [], 0
+    units, first, every = [], [], []
     for id_, question in questions.items():
-        right = []
+        right, failed = [], 0
         for number, row in sorted(rounds[id_].items()):
             shown, meaning = _shown(row, number, question, path)
             given = parse(text_of(row, path), shown)
@@ -105,7 +107,7 @@ def score(files: Files) -> Scored:
         answer = " / ".join(text_of(row, path) for _, row in sorted(rounds[id_].items()))
         units.append(
             Unit((id_, question.text, *question.options, question.answer, len(right)), question.text,
-                 question.answer, answer, float(all(right)), id_)
+                 question.answer, answer, float(all(right)), id_, failed)
         )  # fmt: skip
 
     def formula(sums: Floats) -> dict[str, Floats]:
@@ -113,29 +115,30 @@ def score(files: Files) -> Scored:
         rotated = 100 * sums[..., 2] / n if circular else np.full_like(n, np.nan)
         return {"accuracy": 100 * sums[..., 1] / n, "circular": rotated}
 
+    failed = sum(unit.failed for unit in units)
     remarks = [f"{failed:,} answers name no option and count as wrong"] if failed else []
     if not circular:
         remarks.append("only one round: there is no circular score")
-    return Scored(
-        "mmbench", units, table([np.ones(len(units)), first, every]), formula, len(units), failed, remarks
-    )
+    return Scored("mmbench", units, table([np.ones(len(units)), first, every]), formula, len(units), remarks)
 
 
 def read_questions(path: Path) -> dict[str, Question]:
     """The table by index, without its rotated rows: TSV or CSV as MMBench ships it, or JSONL."""
     if path.suffix in (".tsv", ".csv"):
         csv.field_size_limit(sys.maxsize)  # pictures stand in the table as base64
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
+        cells = csv.DictReader(io.StringIO(read_text(path)), delimiter="\t" if path.suffix == ".tsv" else ",")
+        rows: list[Row] = list(cells)
     else:
         rows = read_rows(path)
     for row in rows:
         row.setdefault("index", row.get("question_id"))
-    return {
-        id_: _question(id_, row, path)
-        for id_, row in by_id(rows, path, key="index").items()
-        if int(id_) < ROTATION
-    }
+    named = by_id(rows, path, key="index")
+    odd = [id_ for id_ in named if not id_.isdecimal()]
+    if odd:
+        raise RefusedInput(
+            f"{path}: {len(odd):,} of {len(named):,} rows have no number as index ({odd[0]!r})"
+        )
+    return {id_: _question(id_, row, path) for id_, row in named.items() if int(id_) < ROTATION}
 
 
 def prompt(row: Row) -> str:

@@ -20,6 +20,7 @@ from components.evaluate.benchmarks.base import (
     first_line,
     get,
     read_rows,
+    read_text,
     same_rows,
     text_of,
 )
@@ -68,7 +69,8 @@ def score(files: Files) -> Scored:
         )
     units, sums = [], []
     for (subtask, picture), asked in sorted(pictures.items()):
-        right = sum(parse(reply.answer) == reply.truth for _, reply in asked)
+        given = [parse(reply.answer) for _, reply in asked]
+        right = sum(said == reply.truth for said, (_, reply) in zip(given, asked, strict=True))
         inside = np.array([subtask == name for name in SUBTASKS], dtype=np.float64)
         sums.append(
             np.concatenate([inside * PER_PICTURE, inside * right, inside, inside * (right == PER_PICTURE)])
@@ -78,9 +80,9 @@ def score(files: Files) -> Scored:
         units.append(
             Unit((subtask, picture, *(question for question, _ in asked), expected),
                  " / ".join(question for question, _ in asked), expected,
-                 " / ".join(reply.answer for _, reply in asked), float(right), picture)
+                 " / ".join(reply.answer for _, reply in asked), float(right), picture, given.count(None))
         )  # fmt: skip
-    failed = sum(parse(reply.answer) is None for reply in replies.values())
+    failed = sum(unit.failed for unit in units)
     remarks = [f"{failed:,} answers begin with neither yes nor no and count as wrong"] if failed else []
     there = {subtask for subtask, _ in pictures}
     absent = [name for name in SUBTASKS if name not in there]
@@ -97,7 +99,7 @@ def score(files: Files) -> Scored:
             scores[group] = np.sum(present, axis=0) if present else np.full_like(points[..., 0], np.nan)
         return scores
 
-    return Scored("mme", units, np.array(sums), formula, len(replies), failed, remarks)
+    return Scored("mme", units, np.array(sums), formula, len(replies), remarks)
 
 
 def prompt(row: Row) -> str:
@@ -112,7 +114,7 @@ def _result_files(path: Path) -> dict[Key, Reply]:
         raise RefusedInput(f"{path}: holds no SUBTASK.txt")
     lines: list[tuple[Key, Reply]] = []
     for name in names:
-        for number, line in enumerate(name.read_text(encoding="utf-8").split("\n"), 1):
+        for number, line in enumerate(read_text(name).split("\n"), 1):
             cells = line.rstrip("\r").split("\t")
             if line.strip() and len(cells) != 4:
                 raise RefusedInput(
@@ -129,34 +131,37 @@ def _result_files(path: Path) -> dict[Key, Reply]:
 def _joined(path: Path, files: Files) -> dict[Key, Reply]:
     """Answers whose `question_id` is SUBTASK/PICTURE, two per id, joined by their question."""
     truth_path = files.truth("MME's questions_answers folders, its result files, or JSONL rows with `label`")
-    truths = _truths(truth_path)
-    rows = read_rows(path)
-    bare = {(task, picture, _bare(question)): key for key in truths for task, picture, question in [key]}
+    truths, rows = _truths(truth_path), read_rows(path)
+    named = [(task, picture, _bare(question)) for (task, picture, question), _ in truths]
+    same_rows(named, named, str(truth_path), "rows", "questions")
+    bare = dict(zip(named, truths, strict=True))
     keys = [_key(str(get(row, "question_id", path)), text_of(row, path, "prompt"), path) for row in rows]
     same_rows(bare, keys, str(path), "answer", "questions")
     return {
-        bare[key]: Reply(truths[bare[key]], text_of(row, path)) for key, row in zip(keys, rows, strict=True)
+        bare[key][0]: Reply(bare[key][1], text_of(row, path)) for key, row in zip(keys, rows, strict=True)
     }
 
 
-def _truths(path: Path) -> dict[Key, str]:
+def _truths(path: Path) -> list[tuple[Key, str]]:
+    """Each row's question and its right answer, as they stand."""
     if path.is_file() and path.suffix != ".txt":
         rows = read_rows(path)
         keys = [
             _key(str(get(row, "question_id", path)), str(row.get("text") or row.get("prompt") or ""), path)
             for row in rows
         ]
-        same_rows(keys, keys, str(path), "rows", "questions")
-        return {key: _truth(str(get(row, "label", path)), path) for key, row in zip(keys, rows, strict=True)}
+        return [
+            (key, _truth(str(get(row, "label", path)), path)) for key, row in zip(keys, rows, strict=True)
+        ]
     flat = [] if path.is_file() else [name for name in path.glob("*.txt") if name.stem in SUBTASKS]
     if path.is_file() or flat:
-        return {key: reply.truth for key, reply in _result_files(path).items()}
-    truths: dict[Key, str] = {}
+        return [(key, reply.truth) for key, reply in _result_files(path).items()]
+    truths: list[tuple[Key, str]] = []
     for name in sorted(path.glob("*/**/*.txt")):
         subtask = _subtask(name.relative_to(path).parts[0], path)
-        for line in filter(str.strip, name.read_text(encoding="utf-8").split("\n")):
+        for line in filter(str.strip, read_text(name).split("\n")):
             question, _, truth = line.rstrip("\r").rpartition("\t")
-            truths[subtask, name.stem, question.strip()] = _truth(truth, name)
+            truths.append(((subtask, name.stem, question.strip()), _truth(truth, name)))
     if not truths:
         raise RefusedInput(f"{path}: holds no SUBTASK/.../PICTURE.txt")
     return truths

@@ -69,7 +69,9 @@ def score(files: Files) -> Scored:
         seen[key] += 1
         label, given = labels[key[0]][key], parse(answer)
         right = given == label
-        units.append(Unit((*key, label, seen[key]), key[2], label, answer, float(right), key[1]))
+        units.append(
+            Unit((*key, label, seen[key]), key[2], label, answer, float(right), key[1], int(given is None))
+        )
         columns.append((label == "yes", given == "yes", right and label == "yes", right))
     flags = np.array(columns, dtype=np.float64)
     splits = sorted(labels)
@@ -88,14 +90,14 @@ def score(files: Files) -> Scored:
         f1 = [scores[f"{split}/f1"] for split in splits]
         return scores | {"mean_f1": sum(f1[1:], f1[0]) / len(f1)}
 
-    failed = sum(parse(answer) is None for answer in answers)
+    failed = sum(unit.failed for unit in units)
     unsaid = sum(parse(answer) == "yes" and "yes" not in _first_words(answer) for answer in answers)
     remarks = []
     if failed:
         remarks.append(f"{failed:,} answers hold no word: they are wrong and neither yes nor no")
     if unsaid:
         remarks.append(f"{unsaid:,} answers say neither yes nor no nor not, and count as yes (POPE's rule)")
-    return Scored("pope", units, sums, formula, len(units), failed, remarks)
+    return Scored("pope", units, sums, formula, len(units), remarks)
 
 
 def prompt(row: Row) -> str:
@@ -163,7 +165,7 @@ def _join_answers(questions: list[Row], keys: list[Key], path: Path, questions_p
                 0, len(rows) - len(places)
             )
             continue
-        for place, found in _assign(rows, places, keys):
+        for place, found in _assign(rows, places, keys, path):
             if found is None:
                 faults["answers could be to several questions: ids and prompts repeat, and metadata names no "
                        "`category` and `image`"] += 1  # fmt: skip
@@ -181,9 +183,9 @@ def _join_answers(questions: list[Row], keys: list[Key], path: Path, questions_p
     return [answer for answer in answers if answer is not None]
 
 
-def _assign(rows: list[Row], places: list[int], keys: list[Key]) -> list[tuple[int, Row | None]]:
+def _assign(rows: list[Row], places: list[int], keys: list[Key], path: Path) -> list[tuple[int, Row | None]]:
     """Which of the questions at `places`, alike in id and text, each row answers; None where that is open."""
-    if len({parse(str(row["text"] or "")) for row in rows}) == 1:
+    if len({parse(text_of(row, path)) for row in rows}) == 1:
         return list(zip(places, rows, strict=True))
     left, assigned = list(rows), []
     for place in places:

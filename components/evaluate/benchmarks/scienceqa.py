@@ -76,7 +76,7 @@ def score(files: Files) -> Scored:
     units = [
         Unit((problem.id, problem.question, *problem.choices, problem.answer), problem.question,
              LETTERS[problem.answer], answers[problem.id], float(problem.right(letters[problem.id])),
-             problem.image)
+             problem.image, int(not problem.valid(letters[problem.id])))
         for problem in problems
     ]  # fmt: skip
     extra: dict[str, Any] = {"failures": {"no letter": unparsed, "letter beyond the choices": beyond}}
@@ -86,7 +86,7 @@ def score(files: Files) -> Scored:
     elif files.reviews:
         raise RefusedInput("--reviews for scienceqa are verdicts between two models: give --reference too")
     sums = _sums(problems, [bool(unit.value) for unit in units])
-    return Scored("scienceqa", units, sums, _formula, len(units), unparsed + beyond, remarks, extra)
+    return Scored("scienceqa", units, sums, _formula, len(units), remarks, extra)
 
 
 def read_problems(path: Path, splits: Path | None, split: str) -> list[Problem]:

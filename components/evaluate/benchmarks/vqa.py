@@ -106,9 +106,9 @@ def score(files: Files) -> Scored:
         soft.append(soft_accuracy(answer, label.answers) if ten == {True} and answer.strip() else 0.0)
         units.append(
             Unit((id_, label.question, *label.answers), label.question, label.majority, answer,
-                 soft[-1] if ten == {True} else exact[-1], label.image)
+                 soft[-1] if ten == {True} else exact[-1], label.image, int(not answer.strip()))
         )  # fmt: skip
-    failed = sum(not unit.answer.strip() for unit in units)
+    failed = sum(unit.failed for unit in units)
 
     def formula(sums: Floats) -> dict[str, Floats]:
         n = sums[..., 0]
@@ -116,9 +116,7 @@ def score(files: Files) -> Scored:
         return {"exact_match": 100 * sums[..., 1] / n, "soft_accuracy": soft_percent}
 
     remarks = [f"{failed:,} answers are empty and count as wrong"] if failed else []
-    return Scored(
-        "vqa", units, table([np.ones(len(units)), exact, soft]), formula, len(units), failed, remarks
-    )
+    return Scored("vqa", units, table([np.ones(len(units)), exact, soft]), formula, len(units), remarks)
 
 
 def prompt(row: Row) -> str:

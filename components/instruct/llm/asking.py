@@ -14,23 +14,31 @@ from typing import Any
 
 from components.cluster import failures_told
 from components.contract import Folder, Guard, Job
-from components.instruct.llm.endpoint import Endpoint
+from components.instruct.llm.endpoint import LOOK_AT, Endpoint
+from components.instruct.llm.endpoint import told as told_by
 from components.instruct.llm.limits import Budget, Gate, Limits, Pace, SharedLimits, Tokens
 from components.instruct.llm.prompts import Prompts
 from components.instruct.llm.requests import Request, Requests
-from components.instruct.llm.responses import Writer, stored
+from components.instruct.llm.responses import ANSWERED, Response, Writer, stored
 from components.instruct.settings import InstructSettings
+from llava.errors import RefusedInput
 
 SAY_EVERY_SECONDS = 5.0
 CHECK_EVERY_SECONDS = 5.0
 RESTARTS = 3
+FIRST = 20
+"""Answers; if each of them is a refusal (status 4xx) and there are no others, nothing more is asked."""
 
 
 @dataclass
 class Tally:
-    """What asking has come to in this run. `faults`: tries without an answer, by reason."""
+    """What asking has come to in this run.
+
+    `refused`: of what was answered, with a status 4xx; `faults`: tries without an answer, by reason.
+    """
 
     answered: int = 0
+    refused: int = 0
     tokens: Tokens = Tokens()  # noqa: RUF009 - a NamedTuple never changes
     faults: Counter[str] = field(default_factory=Counter)
     used_up: bool = False
@@ -38,6 +46,7 @@ class Tally:
     def add(self, other: Tally) -> None:
         """Take in what another asker has come to."""
         self.answered += other.answered
+        self.refused += other.refused
         self.tokens += other.tokens
         self.faults.update(other.faults)
         self.used_up |= other.used_up
@@ -72,10 +81,12 @@ async def ask(
     *,
     asker: int = 0,
     concurrency: int,
+    proven: bool = False,
 ) -> None:
     """Answer and store every request, at most `concurrency` under way; ends early with `tally.used_up`.
 
-    After a failure nothing new leaves, what is under way is stored, then the failure is raised.
+    After a failure nothing new leaves, what is under way is stored, then the failure is raised. `proven`: the endpoint
+    has answered requests of this form; otherwise RefusedInput if it refuses all of the first ones.
     """
     stop = asyncio.Event()
     failures: list[Exception] = []
@@ -91,6 +102,9 @@ async def ask(
                 await writer.put(response)
                 tally.answered += 1
                 tally.tokens += response.tokens
+                tally.refused += response.status != ANSWERED
+                if not proven and tally.refused == tally.answered >= FIRST:
+                    raise _all_refused(response, tally.refused)
             if stop.is_set():
                 return
 
@@ -138,6 +152,7 @@ class Asker:
                 self._tally,
                 asker=self._number,
                 concurrency=-(-settings.concurrency // self._count),
+                proven=bool(found.digests),
             )
         return self._tally
 
@@ -220,6 +235,13 @@ class _Progress:
             reasons = ", ".join(f"{reason} {count:,}" for reason, count in together.faults.most_common())
             text += f"; tried again: {reasons}"
         self._job.say(text)
+
+
+def _all_refused(response: Response, count: int) -> RefusedInput:
+    return RefusedInput(
+        f"the endpoint refuses each of the first {count} requests, such as {response.type} of {response.photo} (status "
+        f"{response.status}: {told_by(response.body)}); {LOOK_AT}. Run again then: they are asked again"
+    )
 
 
 def told(tokens: Tokens, budget: Budget) -> str:

@@ -30,6 +30,8 @@ from components.instruct.llm.contexts import Facts
 from components.instruct.llm.parse import Pair
 from components.instruct.words import NUMBERS, plural
 
+VERSION = "2"
+"""Raised whenever the same answer may be judged otherwise; enters the digest of what a language model wrote."""
 FEWEST_WORDS = 20  # of a detailed description
 COUNTED = 8  # objects of a category up to which boxes are trusted to hold all of them
 LETTERS = 60  # under which nobody can tell a language
@@ -41,13 +43,15 @@ _MARKER = re.compile(
     r"^\W*(?:Question|Answer)\s*:|\b(?:USER|ASSISTANT)\s*:",
     re.M,
 )
+_EDGE = r"(?<![\d.])(?:0?\.\d{2,3}|1\.0{2,3})\b"
 _SOURCE = re.compile(
     r"\bcaptions?\b|\bbounding[ -]?box(?:es)?\b|\bcoordinates?\b|\bannotat(?:ed|ions?)\b|\blist of objects\b|"
     r"\b(?:provided|given|supplied|listed|above|following) (?:\w+ )?(?:descriptions?|sentences?|information|"
     r"texts?|objects?|lists?|contexts?|records?|data)\b|"
     r"\b(?:according to|based on|from|in) the (?:descriptions?|sentences|texts?|lists?|context|record|data)\b|"
     r"\bthe (?:descriptions?|sentences?|context|record) (?:mentions?|says?|states?|describes?|tells?)\b|"
-    r"[\[(]\s*[01]?\.\d+\s*[,;]",
+    # [0.12, ... and "0.123, 0.456", "x1 = 0.123, y1 = 0.456", "0.12 to 0.45": edges as contexts give them
+    r"[\[(]\s*[01]?\.\d+\s*[,;]|" + rf"{_EDGE}[\s,;/–-]+(?:[a-z]\w{{0,5}}[\s=:]+)?{_EDGE}",
     re.I,
 )
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
@@ -186,12 +190,14 @@ def _related(answers: str, known: Facts) -> bool:
 
 
 class _Shown:
-    """Simple tests against boxes and captions."""
+    """Simple tests against boxes and captions; categories count as the same in capitals."""
 
     def __init__(self, known: Facts, categories: Iterable[str]) -> None:
         self._said = " ".join(known.captions).casefold()
-        self._counts = Counter(known.counts or {})
-        self._known = tuple(categories) if known.boxes is not None else ()
+        self._counts: Counter[str] = Counter()
+        for name, count in (known.counts or {}).items():
+            self._counts[name.casefold()] += count
+        self._known = () if known.boxes is None else tuple(sorted({name.casefold() for name in categories}))
 
     def contradicts(self, pair: Pair) -> bool:
         """Whether the pair says of a category what boxes and captions together exclude."""
@@ -232,7 +238,10 @@ class _Shown:
 
 
 class _Names(NamedTuple):
-    """Singular and plural names -> category, and patterns for `two brown dogs`, `how many dogs`, `is there a dog?`."""
+    """Names -> category, singular and plural, in small letters.
+
+    Patterns for `two brown dogs`, `how many dogs`, `is there a dog?`.
+    """
 
     category: dict[str, str]
     counted: re.Pattern[str]
@@ -242,8 +251,8 @@ class _Names(NamedTuple):
 
 @functools.lru_cache(maxsize=4)
 def _names(categories: tuple[str, ...]) -> _Names:
-    one = {name.casefold(): name for name in categories}
-    many = {plural(name): category for name, category in one.items()}
+    one = {name: name for name in categories}
+    many = {plural(name): name for name in categories}
 
     def any_of(names: Iterable[str]) -> str:
         return f"(?P<name>{'|'.join(re.escape(name) for name in sorted(names, key=len, reverse=True))})"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import io
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 from uuid import uuid4
 
@@ -21,6 +21,8 @@ from components.contract import Folder
 from components.instruct.llm.limits import Tokens
 
 RESPONSES = "responses"
+ANSWERED = 200
+"""The status of a response that is never asked for again."""
 GATHER_SECONDS = 0.02
 """Answers that come within this time share a file: a file for each would cost more than the answer's own handling."""
 FOLD = 200
@@ -71,47 +73,58 @@ class Stored(NamedTuple):
 
 
 def stored(folder: Folder) -> Stored:
-    """Digests and tokens of every response in the artifact `folder`."""
+    """Digests and tokens of every answer in the artifact `folder`; what the endpoint refused may be asked again."""
     digests: set[bytes] = set()
     tokens = Tokens()
-    for key in _keys(folder):
-        for digest, prompt, completion in _columns(
-            folder, key, ("digest", "prompt_tokens", "completion_tokens")
-        ):
-            if (found := bytes.fromhex(digest)) not in digests:
+    columns = ("digest", "status", "prompt_tokens", "completion_tokens")
+    for rows in _files(lambda: _keys(folder), folder, columns):
+        for digest, status, prompt, completion in rows:
+            if status == ANSWERED and (found := bytes.fromhex(digest)) not in digests:
                 digests.add(found)
                 tokens += Tokens(prompt, completion)
     return Stored(digests, tokens)
 
 
 def responses_of(folder: Folder, shard: int) -> dict[str, Response]:
-    """The responses about one shard's photos, by digest."""
+    """The responses about one shard's photos, by digest: the answer, where a refused request was asked again."""
+
+    def keys() -> Iterator[str]:
+        for key in _keys(folder):
+            first, last = map(int, _KEY.fullmatch(key).groups())  # type: ignore[union-attr]
+            if first <= shard <= last:
+                yield key
+
     found: dict[str, Response] = {}
-    for key in _keys(folder):
-        first, last = map(int, _KEY.fullmatch(key).groups())  # type: ignore[union-attr]
-        if first <= shard <= last:
-            found |= {one.digest: one for one in _read(folder, key) if one.shard == shard}
+    for rows in _files(keys, folder, Response._fields):
+        for one in map(Response._make, rows):
+            if one.shard == shard and (one.status == ANSWERED or one.digest not in found):
+                found[one.digest] = one
     return found
 
 
+def any_stored(artifacts: Folder) -> bool:
+    """Whether any artifact in the folder has responses stored."""
+    return any(_KEY.fullmatch(entry.key) for entry in artifacts.list())
+
+
 def adopt(artifacts: Folder, folder: Folder, missing: Mapping[bytes, int], check: Callable[[], None]) -> int:
-    """Copy into `folder` what other artifacts beside it have stored of `missing` (digest -> shard); how many.
+    """Copy into `folder` what other artifacts beside it have answered of `missing` (digest -> shard); how many.
 
     `check` is called before a file is written and may raise.
     """
     wanted = dict(missing)
     taken: list[Response] = []
     own = f"{folder.uri}/"
-    for entry in artifacts.list():
-        if _KEY.fullmatch(entry.key) is None or f"{artifacts.uri}/{entry.key}".startswith(own):
-            continue
-        try:
-            for one in _read(artifacts, entry.key):
-                shard = wanted.pop(bytes.fromhex(one.digest), None)
-                if shard is not None:
-                    taken.append(one._replace(shard=shard))
-        except FileNotFoundError:  # folded by its own run meanwhile
-            continue
+
+    def keys() -> Iterator[str]:
+        for entry in artifacts.list():
+            if _KEY.fullmatch(entry.key) and not f"{artifacts.uri}/{entry.key}".startswith(own):
+                yield entry.key
+
+    for rows in _files(keys, artifacts, Response._fields):
+        for one in map(Response._make, rows):
+            if one.status == ANSWERED and (shard := wanted.pop(bytes.fromhex(one.digest), None)) is not None:
+                taken.append(one._replace(shard=shard))
     taken.sort(key=lambda one: (one.shard, one.digest))
     for start in range(0, len(taken), ADOPT):
         check()
@@ -187,11 +200,22 @@ def _write(folder: Folder, responses: Sequence[Response]) -> str:
     return key
 
 
-def _read(folder: Folder, key: str) -> Iterator[Response]:
-    for values in _columns(folder, key, SCHEMA.names):
-        yield Response(*values)
-
-
-def _columns(folder: Folder, key: str, names: Sequence[str]) -> Iterator[tuple]:
-    table = pq.read_table(io.BytesIO(folder.read(key)), columns=list(names))
-    yield from zip(*(table[name].to_pylist() for name in names), strict=True)
+def _files(
+    keys: Callable[[], Iterable[str]], folder: Folder, names: Sequence[str]
+) -> Iterator[Iterator[tuple]]:
+    """The rows of every file among `keys()`, each file once; what was folded since it was listed is looked for anew."""
+    seen: set[str] = set()
+    gone: set[str] = set()
+    while True:
+        for key in [key for key in keys() if key not in seen]:
+            try:
+                table = pq.read_table(io.BytesIO(folder.read(key)), columns=list(names))
+            except FileNotFoundError:
+                if key in gone:  # and still listed
+                    raise
+                gone.add(key)
+                break
+            seen.add(key)
+            yield zip(*(table[name].to_pylist() for name in names), strict=True)
+        else:
+            return

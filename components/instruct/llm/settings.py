@@ -50,7 +50,7 @@ class TeacherSettings(Settings):
         120.0, gt=0, description="Seconds after which a request is given up and tried again"
     )
     patience: float = run_field(
-        600.0, gt=0, description="Seconds that one request is tried again and again before the run stops"
+        600.0, gt=0, description="Seconds of tries and pauses that one request is given before the run stops"
     )
     price_prompt: float = run_field(0.0, ge=0, description="Price of a million prompt tokens")
     price_completion: float = run_field(0.0, ge=0, description="Price of a million tokens of answers")

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from components.contract import Folder, Job
+from components.contract import Folder, Job, Workspace
 from components.instruct.llm.asking import Tally, Work, ask_all, budget_of, told
 from components.instruct.llm.contexts import facts
 from components.instruct.llm.endpoint import probe
@@ -16,7 +16,7 @@ from components.instruct.llm.limits import Tokens
 from components.instruct.llm.prompts import Prompts, load_prompts
 from components.instruct.llm.report import report_teacher
 from components.instruct.llm.requests import Requests, text_rows
-from components.instruct.llm.responses import adopt, stored
+from components.instruct.llm.responses import adopt, any_stored, stored
 from components.instruct.llm.writing import write_shard
 from components.instruct.settings import InstructSettings
 from components.shard_tasks import ShardTask
@@ -36,6 +36,12 @@ class Plan:
     """Of the largest request."""
     categories: tuple[str, ...] = ()
     photos: int = 0
+
+
+def try_endpoint(settings: InstructSettings, workspace: Workspace) -> None:
+    """RefusedInput where the teacher cannot be asked. Not tried where the root has answers: they may be all of them."""
+    if settings.teacher == "llm" and not any_stored(workspace.store.sub("instruct")):
+        probe(settings)
 
 
 def make_plan(settings: InstructSettings, prompts: Prompts, dataset: Folder, shards: Sequence[str]) -> Plan:
@@ -69,6 +75,7 @@ def answered_tasks(
     prompts = load_prompts(settings.prompts)
     for name, text in prompts.files.items():
         job.folder.write(f"prompts/{name}", text.encode())
+    try_endpoint(settings, job.workspace)
     plan = make_plan(settings, prompts, dataset, shards)
     if settings.tokens_per_minute is not None and plan.most.all > settings.tokens_per_minute:
         raise RefusedInput(

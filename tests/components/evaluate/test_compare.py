@@ -23,7 +23,7 @@ def outcome(name: str, right: Sequence[float], key: str = "q") -> Scored:
         Unit((f"{key}{place}",), "?", "yes", str(value), float(value)) for place, value in enumerate(values)
     ]
     sums = np.stack([np.ones(len(values)), values], axis=1)
-    return Scored(name, units, sums, lambda s: {"accuracy": 100 * s[..., 1] / s[..., 0]}, len(units), 0)
+    return Scored(name, units, sums, lambda s: {"accuracy": 100 * s[..., 1] / s[..., 0]}, len(units))
 
 
 def share(right: int, of: int = N) -> list[float]:
@@ -64,7 +64,7 @@ def test_pairing_makes_the_interval_of_a_difference_narrow() -> None:
 def test_wins_ties_losses_and_changed_questions_are_counted_by_question_not_by_place() -> None:
     base = outcome("vqa", [1, 0, 0, 1, 1])
     new = outcome("vqa", [0, 1, 0, 1, 1])
-    shuffled = Scored(new.benchmark, new.units[::-1], new.sums[::-1], new.formula, new.n, 0)
+    shuffled = Scored(new.benchmark, new.units[::-1], new.sums[::-1], new.formula, new.n)
     found = compare(base, shuffled)
     assert (found.n, found.wins, found.ties, found.losses) == (5, 1, 3, 1)
     assert [before.key for before, _ in found.changed] == [("q1",), ("q0",)]
@@ -73,7 +73,7 @@ def test_wins_ties_losses_and_changed_questions_are_counted_by_question_not_by_p
 def test_questions_without_a_judgement_for_one_model_are_left_out_of_both() -> None:
     base, new = outcome("vqa", [1, 0, 1, 1]), outcome("vqa", [1, 1, 0, 1])
     unjudged = [*new.units[:2], Unit(new.units[2].key, "?", "", "", float("nan")), new.units[3]]
-    found = compare(base, Scored("vqa", unjudged, new.sums, new.formula, 4, 1))
+    found = compare(base, Scored("vqa", unjudged, new.sums, new.formula, 4))
     assert (found.n, found.left_out, found.losses) == (3, 1, 0)
     assert found.differences["accuracy"].base == pytest.approx(200 / 3)
 

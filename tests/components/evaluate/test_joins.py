@@ -146,6 +146,141 @@ def test_answers_in_another_order_give_the_same_scores_and_missing_doubled_or_un
             scores()
 
 
+def written(folder: Path, benchmark: str) -> Files:
+    """Golden answers to one benchmark, beside labels in the form that `LABELS` names."""
+    if benchmark == "captions":
+        rows = [
+            {"image_id": image, "id": image, "caption": f"a picture of thing {image}"} for image in (1, 2, 3)
+        ]
+        (folder / "labels.json").write_text(json.dumps({"annotations": rows}))
+        (folder / "results.json").write_text(json.dumps(rows))
+        return Files(folder / "results.json", labels={"": folder / "labels.json"})
+    if benchmark == "mm-vet":
+        return Files(
+            reviews=[folder / "mm-vet" / "grades.json"], labels={"": folder / "mm-vet" / "mm-vet.json"}
+        )
+    name, _, given = CASES[benchmark.partition(" ")[0]]
+    labels, mme = folder / given["labels"][""], folder / "mme"
+    if benchmark == "mme rows":
+        labels = folder / "labels.jsonl"
+    for path in sorted(mme.glob("*.txt")):
+        for line in path.read_text().splitlines():
+            picture, question, truth, _ = line.split("\t")
+            if benchmark == "mme folder":
+                labels = folder / "labels"
+                one = labels / path.stem / "questions_answers_YN" / f"{Path(picture).stem}.txt"
+                one.parent.mkdir(parents=True, exist_ok=True)
+                one.open("a").write(f"{question}\t{truth}\n")
+            elif benchmark == "mme rows":
+                row = {"question_id": f"{path.stem}/{picture}", "text": question, "label": truth}
+                labels.open("a").write(json.dumps(row) + "\n")
+    splits = folder / given["splits"] if "splits" in given else None
+    if splits:
+        splits.write_text(json.dumps({"test": json.loads(splits.read_text())["test"]}))
+    return Files(folder / name, labels={"": labels}, splits=splits)
+
+
+LABELS = {
+    "vqa": "vqa/annotations.json",
+    "scienceqa": "scienceqa/problems.json",
+    "scienceqa splits": "scienceqa/pid_splits.json",
+    "mme": "mme/existence.txt",
+    "mme folder": "labels/existence/questions_answers_YN/1.txt",
+    "mme rows": "labels.jsonl",
+    "mmbench": "mmbench/table.tsv",
+    "captions": "labels.json",
+    "mm-vet": "mm-vet/mm-vet.json",
+    "mm-vet grades": "mm-vet/grades.json",
+}
+
+
+def change_rows(path: Path, how: Callable[[Lines], Lines]) -> None:
+    """As `change`, for what is a row in the file's own form: an entry, an item of its list, a line under the head."""
+    if path.suffix == ".json":
+        value = json.loads(path.read_text())
+        ((name, rows),) = value.items() if len(value) == 1 else [("", value)]
+        if isinstance(rows, dict):  # an entry may be there twice, which no dict can hold
+            parts = [f"{json.dumps(key)}: {json.dumps(one)}" for key, one in rows.items()]
+            path.write_text("{" + ", ".join(how(parts)) + "}")
+        else:
+            path.write_text(f'{{"{name}": [{", ".join(how([json.dumps(row) for row in rows]))}]}}')
+    else:
+        head = 1 if path.suffix == ".tsv" else 0
+        change(path, lambda lines: [*lines[:head], *how(lines[head:])])
+
+
+@pytest.mark.parametrize("benchmark", LABELS)
+def test_label_rows_in_another_order_give_the_same_scores_and_missing_or_doubled_ones_are_refused(
+    folder: Path, benchmark: str
+) -> None:
+    if benchmark == "captions":
+        pytest.importorskip("pycocoevalcap")
+    about = "mm-vet" if benchmark.startswith("mm-vet") else benchmark.replace(" splits", "")
+    files, path = written(folder, about), folder / LABELS[benchmark]
+
+    def scores() -> str:
+        return repr(find(about.partition(" ")[0]).score(files).scores)
+
+    expected, whole = scores(), path.read_text()
+    change_rows(path, lambda rows: rows[::-1])
+    assert path.read_text() != whole
+    assert scores() == expected
+    for how in (without_first, doubled_first, replaced_first):
+        path.write_text(whole)
+        change_rows(path, how)
+        with pytest.raises(RefusedInput, match=r"\b1 "):
+            scores()
+
+
+def test_a_key_that_stands_twice_is_refused_wherever_it_stands(tmp_path: Path) -> None:
+    (tmp_path / "answers.jsonl").write_text('{"question_id": 1, "text": "2", "text": "3"}\n')
+    with pytest.raises(RefusedInput, match=r"answers\.jsonl: 1 keys have entries more than once \(text\)"):
+        find("vqa").score(Files(tmp_path / "answers.jsonl", labels={"": GOLDEN / "vqa" / "annotations.json"}))
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "name", "how", "message"),
+    [
+        ("mmbench", "mmbench/table.tsv", None, r"table\.tsv: No such file"),
+        ("mmbench", "mmbench/table.tsv", lambda text: text.replace("\n2\t", "\ntwo\t"),
+         r"1 of 3 rows have no number as index \('two'\)"),
+        ("mmbench", "mmbench/table.tsv", lambda text: text.replace("index", "number"), "3 of 3|rows more than once"),
+        ("mme", "mme/answers.jsonl", None, r"answers\.jsonl: No such file"),
+    ],
+)  # fmt: skip
+def test_files_that_are_not_there_or_not_what_they_should_be_are_refused_in_one_line(
+    folder: Path, benchmark: str, name: str, how: Callable[[str], str] | None, message: str
+) -> None:
+    files, path = written(folder, benchmark), folder / name
+    text = path.read_text()
+    path.unlink()
+    if how is not None:
+        path.write_text(how(text))
+    with pytest.raises(RefusedInput, match=message):
+        find(benchmark).score(files)
+
+
+def test_a_result_file_of_mme_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RefusedInput, match=r"count\.txt: No such file"):
+        find("mme").score(Files(tmp_path / "count.txt"))
+
+
+def test_pope_answers_without_a_text_are_refused(folder: Path) -> None:
+    path = folder / "pope" / "answers.jsonl"
+    change(path, lambda lines: [line.replace('"text"', '"answer"') for line in lines])
+    with pytest.raises(RefusedInput, match="no 'text' in the row"):
+        pope(folder)
+
+
+@pytest.mark.parametrize("name", ["mmbench/table.tsv", "mmbench/answers.jsonl", "mme/existence.txt"])
+def test_a_byte_order_mark_changes_nothing(folder: Path, name: str) -> None:
+    benchmark = name.partition("/")[0]
+    files = written(folder, benchmark)
+    expected = repr(find(benchmark).score(files).scores)
+    (folder / name).write_text("\ufeff" + (folder / name).read_text())
+    assert repr(find(benchmark).score(files).scores) == expected
+
+
 def test_a_problem_that_is_missing_is_refused_with_its_number(folder: Path) -> None:
     path = folder / "scienceqa" / "problems.json"
     problems = json.loads(path.read_text())

@@ -77,7 +77,8 @@ def ask_now(
         limits = ArtifactLimits(settings, found.tokens)
         missing = (one for one in requests if bytes.fromhex(one.digest) not in found.digests)
         async with Endpoint(settings) as endpoint, Writer(store, lambda: None) as writer:
-            await ask(missing, endpoint, limits, writer, tally, concurrency=settings.concurrency)
+            many, proven = settings.concurrency, bool(found.digests)
+            await ask(missing, endpoint, limits, writer, tally, concurrency=many, proven=proven)
 
     asyncio.run(run())
     return tally

@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from components.instruct.llm.endpoint import TRIAL
+
 KEY = "sk-of-the-tests-Zq7"
 MODEL = "writer-1"
 
@@ -35,6 +37,12 @@ class Manners:
     half: float = 0.0
     refuse: float = 0.0
     malform: float = 0.0
+    unfit: float = 0.0
+    """Of the requests, those that get status 400."""
+    context: int | None = None
+    """Tokens of prompt and answer over which a request gets status 400."""
+    failing: int = 0
+    """Tries of each request that are answered with status 500 before any other."""
     seconds: float = 0.0
     says: Callable[[str], str] | None = None
     """Writes the answer to a context instead of the server."""
@@ -148,11 +156,16 @@ async def _respond(server: TeacherServer, head: str, raw: bytes, writer: asyncio
     rng = random.Random(f"{digest} {server.tries[digest]}")
     shares = {name: getattr(manners, name) for name in ("too_many", "broken", "hang", "cut", "half")}
     outcome = rng.choices([*shares, "answered"], [*shares.values(), 1 - sum(shares.values())])[0]
-    probe = len(body["messages"]) == 1
-    if probe:
-        outcome = "probe"
     answer = _answer(body, digest, manners)
     tokens = answer["usage"]["total_tokens"]
+    if server.tries[digest] <= manners.failing:
+        outcome = "broken"
+    room = manners.context is None or answer["usage"]["prompt_tokens"] + body["max_tokens"] <= manners.context
+    probe = body["messages"][-1]["content"].startswith(TRIAL)
+    if not room or (not probe and random.Random(f"unfit {digest}").random() < manners.unfit):
+        outcome = "unfit"
+    elif probe:
+        outcome = "probe"
     if not manners.usage:
         del answer["usage"]
     server.seen.append(Seen(at, digest, outcome, tokens, body))
@@ -167,6 +180,10 @@ async def _carry_out(
         return await _send(writer, 429, {"error": {"message": "Slow down"}}, headers)
     if outcome == "broken":
         return await _send(writer, 500, {"error": {"message": "Something broke"}})
+    if outcome == "unfit":
+        return await _send(
+            writer, 400, {"error": {"message": f"maximum context length is {manners.context}"}}
+        )
     await asyncio.sleep(3600 if outcome == "hang" else manners.seconds)
     data = json.dumps(answer).encode()
     if outcome == "cut":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from components.instruct import try_endpoint
+from components.instruct.llm.responses import Response, Writer
+from llava.errors import RefusedInput
 from tests.components.instruct.teacher_server import KEY, MODEL, Manners, TeacherServer, teacher_server
+from workflows import config as configs
+from workflows import train
 
 LLAVA = [sys.executable, "-m", "workflows.cli", "instruct", "tiny"]
 SCENES = ["shard.scenes=200", "instruct.heldout_questions=10", "instruct.max_rejected=1"]
@@ -43,6 +49,39 @@ def test_a_dry_run_without_a_teacher_is_refused(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "set instruct.teacher=llm" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_an_endpoint_that_cannot_be_used_is_told_before_anything_is_made(tmp_path: Path) -> None:
+    """The command itself with a wrong key; the other cases in this process, on the same fresh root."""
+    (tmp_path / "wrong").write_text("sk-wrong")
+    with teacher_server() as server:
+        wrong = run(tmp_path, *settings(server, f"instruct.key_file={tmp_path / 'wrong'}"))
+        assert wrong.returncode == 2, wrong.stderr
+        assert re.fullmatch(r"error: .* answers with status 401: the key from .*\n", wrong.stderr)
+
+        root = str(tmp_path / "runs")
+        (tmp_path / "key").write_text(KEY)
+        for change, told in (
+            ("instruct.model=writer-2", "status 404: there is no model 'writer-2' there"),
+            ("instruct.base_url=http://127.0.0.1:9/v1", "no connection"),
+        ):
+            more = settings(server, f"instruct.key_file={tmp_path / 'key'}", change)[1::2]
+            config = configs.load("tiny", more)
+            workspace = train.open_workspace(config.name, root)
+            began = time.monotonic()
+            with pytest.raises(RefusedInput, match=told):
+                train.run(config, workspace)
+            assert time.monotonic() - began < 10
+        assert not server.seen
+    assert not [file for name in train.STAGES for file in (tmp_path / "runs").glob(f"{name}/**/*")]
+
+    # What is answered may be all that is wanted: a root with answers does without the endpoint.
+    asked = config.instruct
+    with pytest.raises(RefusedInput, match="no connection"):
+        try_endpoint(asked, workspace)
+    answer = Response("00" * 32, "p", "detail", 0, 200, "", 1, 1, 0.1)
+    Writer(workspace.store.sub("instruct/0123"), lambda: None)._store([answer])
+    try_endpoint(asked, workspace)
 
 
 def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

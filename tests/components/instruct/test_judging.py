@@ -90,6 +90,11 @@ def test_what_has_not_the_form_is_rejected_by_reason(kind: str, text: str, finis
             "mentions-source",
         ),
         ("Where is the dog?", "The dog is at [0.12, 0.30, 0.5, 0.9], on the grass.", "mentions-source"),
+        ("Where is the dog?", "The dog is at 0.123, 0.456 to 0.789, 0.900 on the grass.", "mentions-source"),
+        ("Where is the dog?", "The dog (x1 = 0.123, y1 = 0.456) is on the grass.", "mentions-source"),
+        ("Where is the dog?", "From 0.12 to 0.58 there is the brown dog.", "mentions-source"),
+        ("What is on the sign?", "Dog food for $0.99 and a brown leash for $2.50, or 0.75 l of water.", None),
+        ("When does the dog run?", "Between 10.30 and 11.45, says the brown clock on the grass.", None),
         ("Where is the dog?", "The dog lies beside a cardboard box on the grass.", None),
         ("What colour is the brown dog?", "Brown.", "gives-away"),
         ("Is the dog brown or white?", "The dog is brown.", None),
@@ -120,6 +125,19 @@ def test_captions_can_speak_for_what_the_boxes_do_not_show() -> None:
     assert reasons("conversation", pair, about=Facts(("A dog.",), None, Counter())) == []
     four = ("How many dogs are there?", "There are four dogs.")
     assert reasons("conversation", four, about=known("Four dogs run about.", dog=3)) == []
+
+
+def test_categories_in_capitals_are_the_same_categories() -> None:
+    shown = Facts(("Two dogs on the grass.", "A brown dog."), {}, Counter())
+    two = [Pair("What else is there?", "There are two dogs on the grass, both brown.")]
+    assert faults("conversation", two, shown, ["Dog", "Cat"], "en", 400) == []
+    cats = [Pair("What else is there?", "There are two cats beside the dog on the grass.")]
+    assert [one.reason for one in faults("conversation", cats, shown, ["Dog", "Cat"], "en", 400)] == [
+        "contradicts"
+    ]
+    both = Facts(("Animals.", "A dog and others."), {"Dog": [None], "dog": [None, None]}, Counter())  # type: ignore
+    three = [Pair("How many dogs are there?", "There are three dogs and other animals.")]
+    assert faults("conversation", three, both, ["Dog", "dog"], "en", 400) == []
 
 
 def test_a_question_that_was_asked_before_is_rejected() -> None:

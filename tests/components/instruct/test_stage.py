@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import psutil
 import pyarrow.parquet as pq
 import pytest
 
@@ -103,7 +106,7 @@ def test_the_teacher_is_shown_boxes_but_not_in_conversations(told: Told) -> None
     contexts = {True: 0, False: 0}
     for one in told.server.seen:
         messages = one.body["messages"]
-        if len(messages) > 1:
+        if one.outcome == "answered":
             conversation = len(messages) == 6 and "Question:" in messages[2]["content"]
             assert ("Objects:" in messages[-1]["content"]) != conversation
             contexts[conversation] += 1
@@ -151,18 +154,47 @@ def test_a_storm_and_several_askers_leave_the_same_samples(
     manners = teacher.manners
     manners.refuse, manners.malform = 0.06, 0.06
     manners.too_many, manners.broken, manners.hang, manners.cut, manners.half = 0.3, 0.05, 0.03, 0.03, 0.03
-    settings = llm(teacher, key_file, concurrency=24, timeout=1.5, requests_per_minute=3000, askers=2)
+    settings = llm(teacher, key_file, concurrency=24, timeout=1.5, requests_per_minute=1200, askers=2)
     storm = run_in(Instruct(), settings, {"dataset": photos}).artifact
     assert made(storm) == made(told.artifact)
     assert set(teacher.answered()) == set(told.server.answered())
     assert set(teacher.answered().values()) == {1}
-    assert teacher.most_within(60) <= 3000
+    # 20 a second; as everywhere, a request may arrive up to two seconds after it left.
+    assert teacher.most_within(3) <= (3 + 2) * 20
     assert teacher.most_under_way <= 24
     notes = storm.manifest.notes["teacher"]
     assert notes["rejected"] == told.artifact.manifest.notes["teacher"]["rejected"]
     assert notes["rejected"]["samples"]["refusal"] > 0
     assert notes["rejected"]["samples"]["malformed"] > 0
     assert notes["tries_without_answer_in_the_last_run"]["status 429"] > 20
+
+
+def test_an_asker_that_is_killed_is_started_again_and_repeats_at_most_what_it_had_under_way(
+    run_in: Any, told: Told, photos: Artifact, teacher: TeacherServer, key_file: str
+) -> None:
+    teacher.manners.refuse, teacher.manners.malform, teacher.manners.seconds = 0.06, 0.06, 0.2
+    killed: list[int] = []
+
+    def kill() -> None:
+        deadline = time.monotonic() + 120
+        while len(teacher.answered()) < 40 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        ours = psutil.Process().children(recursive=True)
+        asker = next(one for one in ours if one.status() != "zombie" and "ray::Asker" in one.cmdline()[0])
+        asker.kill()
+        killed.append(asker.pid)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    artifact = run_in(
+        Instruct(), llm(teacher, key_file, concurrency=8, askers=2), {"dataset": photos}
+    ).artifact
+    killer.join()
+    assert killed
+    assert made(artifact) == made(told.artifact)
+    again = [digest for digest, count in teacher.answered().items() if count > 1]
+    assert 0 < len(again) <= 8 // 2
+    assert teacher.answered().total() == len(teacher.answered()) + len(again)
 
 
 def test_judging_anew_asks_nothing(told: Told, run_at: Any, photos: Artifact, key_file: str) -> None:
