@@ -142,7 +142,8 @@ def submit(
     namespace: Annotated[str, typer.Option("--namespace", "-n", help="Where it is.")] = "llava",
     context: Annotated[str | None, typer.Option(help="Of the kubeconfig.")] = None,
     scheduled: Annotated[
-        str | None, typer.Option(metavar="MINUTE|job/NAME", help="The run's minute, in its name; default: now.")
+        str | None,
+        typer.Option(metavar="MINUTE|job/NAME", help="The run's minute, in its name; default: now."),
     ] = None,
     if_new: Annotated[bool, typer.Option("--if-new", help="Only if a drop holds something new.")] = False,
     allow_parallel: Annotated[

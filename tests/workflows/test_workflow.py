@@ -50,7 +50,7 @@ def llava(*arguments: str, cwd: Path, **extra: str) -> Run:
         env=environment(**extra),
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=900,
         check=False,
     )
     lines = done.stdout.strip().splitlines()
