@@ -165,6 +165,7 @@ def _answers(
     actors = [remote.remote(model, gpu) for _ in range(min(workers, len(waiting)))]
     coming = {actor.ready.remote(): actor for actor in actors}
     left, busy = deque(waiting), dict[Any, Any]()
+    what = "GPU" if gpu else "CPU"
     try:
         with failures_told(
             "a worker that answers questions died; fewer workers or a smaller batch_size take less memory"
@@ -172,9 +173,7 @@ def _answers(
             while left or busy:
                 done, _ = ray.wait([*coming, *busy], num_returns=1, timeout=SAY_EVERY_SECONDS)
                 if not done and not busy:
-                    say(
-                        f"waiting for a worker with 1 {'GPU' if gpu else 'CPU'}; the cluster has {resources()}"
-                    )
+                    say(f"no worker has the model yet; each asks for 1 {what}, the cluster has {resources()}")
                 for reference in done:
                     found = ray.get(reference)
                     actor = coming.pop(reference, None)

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from components.contract import Job
-from components.training import auto
+from components.training import auto, entry
 from components.training.data import INDEX, extra_sources, measure
 from components.training.progress import Teller, Watcher, start_board
 from components.training.record import HISTORY, MetricLog, parse
 from components.training.run import MODEL
 from components.training.settings import TrainSettings
-from components.training.worker import Task, environment, work
+from components.training.worker import Task, environment
 from llava import model as models
 from llava.data.plan import Coverage, SampleIndex
 from llava.errors import BudgetReached, LlavaError, Preempted, RefusedInput, Terminated
@@ -88,14 +88,15 @@ def _run(job: Job, parts: tuple[str, ...], view: str) -> None:
 
 
 def _trainer(job: Job, task: Task) -> Any:
+    from ray import cloudpickle
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     settings, workers = task.settings, task.settings.workers
     filesystem, base = job.folder.arrow()
     return TorchTrainer(
-        work,
-        train_loop_config=task,
+        entry.work,
+        train_loop_config=cloudpickle.dumps(task),
         torch_config=TorchConfig(backend="nccl" if settings.gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=(settings.min_workers, workers) if settings.min_workers else workers,

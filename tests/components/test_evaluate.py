@@ -281,6 +281,7 @@ def test_a_killed_evaluation_goes_on_with_the_unfinished_batches_alone(
     assert resumed == run("undisturbed")
 
 
+@pytest.mark.drill
 def test_a_crash_before_the_commit_gives_the_same_answers_file(
     run_in: Callable[..., Any],
     inputs: dict[str, Artifact],

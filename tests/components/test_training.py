@@ -119,6 +119,7 @@ def test_stage_1_changes_the_projector_alone(run_in: Run, inputs: dict[str, Arti
     assert trained.manifest.notes["coverage"]["samples"] == len(losses(trained)) * 8
 
 
+@pytest.mark.drill
 def test_plain_torch_zero_2_and_zero_3_give_one_curve(undisturbed: Callable[[int], Artifact]) -> None:
     alone = losses(undisturbed(0))
     assert len(alone) == 24
@@ -135,6 +136,7 @@ def test_stock_transformers_loads_what_was_trained(undisturbed: Callable[[int], 
     assert text == "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
 
 
+@pytest.mark.drill
 def test_a_killed_worker_costs_nothing_but_time(
     run_in: Run, inputs: dict[str, Artifact], undisturbed: Callable[[int], Artifact], tmp_path: Path
 ) -> None:

@@ -187,13 +187,13 @@ def test_an_evaluation_whose_driver_is_killed_goes_on_with_the_batches_that_are_
     with log.open("wb") as written:
         driver = subprocess.Popen([*LLAVA, *command], cwd=tmp_path, env=environment(), stderr=written)
     deadline = time.monotonic() + 200
-    while not (batches := list(artifact.glob("checkpoints/answers/*.jsonl"))):
+    while not (batches := list(artifact.glob("checkpoints/answers/**/*.jsonl"))):
         assert driver.poll() is None and time.monotonic() < deadline, log.read_text()
         time.sleep(0.02)
     driver.kill()
     driver.wait(30)
     assert not (artifact / "manifest.json").exists()
-    batches = list(artifact.glob("checkpoints/answers/*.jsonl"))
+    batches = list(artifact.glob("checkpoints/answers/**/*.jsonl"))
     answered = sum(len(batch.read_bytes().splitlines()) for batch in batches)
     again = llava(*command, cwd=tmp_path)
     assert again.status == 0, again.err
