@@ -246,6 +246,7 @@ def test_batched_and_single_answers_are_the_same(
     assert len({answers[RIGHT] for answers in alone.values()}) > 10
 
 
+@pytest.mark.drill
 def test_a_killed_evaluation_goes_on_with_the_unfinished_batches_alone(
     run_in: Callable[..., Any], inputs: dict[str, Artifact], known_rows: list[Row], tmp_path: Path
 ) -> None:

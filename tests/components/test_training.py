@@ -110,6 +110,7 @@ def weights(artifact: Artifact) -> dict[str, torch.Tensor]:
     return load_file(artifact.local("model") / "model.safetensors")
 
 
+@pytest.mark.drill
 def test_stage_1_changes_the_projector_alone(run_in: Run, inputs: dict[str, Artifact]) -> None:
     trained = run_in(Pretrain(), PretrainSettings(**SMALL, workers=2, zero_stage=2), inputs).artifact
     before, after = weights(inputs["model"]), weights(trained)

@@ -27,6 +27,7 @@ from workflows import train
 from workflows.drops import READY, RECORDS
 from workflows.retrain import PLAN, Retrained, retrain
 
+pytestmark = pytest.mark.drill
 SETTINGS = [
     "shard.scenes=240", "instruct.heldout_questions=60", "instruct.per_photo=1", "pretrain.epochs=0.5",
     "finetune.epochs=1", "finetune.checkpoint_every=5", "evaluate.workers=1", "pretrain.workers=1",
@@ -149,7 +150,6 @@ def test_a_drop_that_is_copied_again_is_nothing_new(story: Story) -> None:
     assert len(story.runs()) == before
 
 
-@pytest.mark.drill
 def test_poor_data_keeps_the_champion_though_the_run_is_killed_and_started_twice(story: Story) -> None:
     arrive(story.incoming.sub("tuesday"), records(12, 300, wrong=True))
     sets = [
@@ -178,7 +178,6 @@ def test_poor_data_keeps_the_champion_though_the_run_is_killed_and_started_twice
     assert story.retrain().result == "nothing new"
 
 
-@pytest.mark.drill
 def test_the_champion_goes_on_with_new_data_and_a_replay_of_the_old(story: Story) -> None:
     champion = story.registry.by_alias(NAME, "champion")
     assert champion is not None

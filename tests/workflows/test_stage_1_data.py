@@ -11,6 +11,7 @@ from workflows import config as configs
 from workflows import train as workflow
 
 
+@pytest.mark.drill
 def test_stage_1_learns_from_its_own_dataset(
     tmp_path: Path, ray_local: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
