@@ -40,7 +40,16 @@ import numpy as np
 
 from benchmarks.data_plane.photos import files, make_photos
 from benchmarks.data_plane.server import S3, s3_server
-from benchmarks.data_plane.sides import Clock, Measured, absent, found_version, rotate, run_side, table
+from benchmarks.data_plane.sides import (
+    Clock,
+    Measured,
+    absent,
+    command,
+    found_version,
+    rotate,
+    run_side,
+    table,
+)
 
 SIZE = (448, 336)
 EDGE = 336
@@ -312,28 +321,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--images", type=int, default=4000)
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--peers", type=Path, help="a folder of packages that cannot stand beside transformers"
     )
     parser.add_argument("--no-s3", action="store_true", help="from the disk only")
-    parser.add_argument("--json", action="store_true", help="print medians and rounds as JSON")
-    parser.add_argument("--markdown", type=Path, help="write the result there")
-    parser.add_argument(
-        "--photos", type=Path, help="made there and kept, and used again; default: a temporary folder"
-    )
-    parser.add_argument("--side", choices=list(SIDES), help=argparse.SUPPRESS)
     parser.add_argument("--place", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.side:
-        side(options)
-        return
-    with tempfile.TemporaryDirectory(prefix="reader-benchmark-") as folder:
-        report = measure(options, Path(folder))
-    if options.markdown:
-        options.markdown.parent.mkdir(parents=True, exist_ok=True)
-        options.markdown.write_text(markdown(report))
-    print(json.dumps(report, indent=1) if options.json else markdown(report))
+    command(parser, SIDES, side, measure, markdown)
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:

@@ -20,7 +20,6 @@ import os
 import platform
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -35,6 +34,7 @@ from benchmarks.data_plane.sides import (
     Clock,
     Measured,
     absent,
+    command,
     folder_bytes,
     found_version,
     rotate,
@@ -169,25 +169,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--images", type=int, default=5000)
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--many", type=int, default=10, help="times the rows, for memory; 0: not measured")
-    parser.add_argument("--json", action="store_true", help="print medians and rounds as JSON")
-    parser.add_argument("--markdown", type=Path, help="write the result there")
-    parser.add_argument(
-        "--photos", type=Path, help="made there and kept, and used again; default: a temporary folder"
-    )
-    parser.add_argument("--side", choices=list(SIDES), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.side:
-        side(options)
-        return
-    with tempfile.TemporaryDirectory(prefix="shard-benchmark-") as folder:
-        report = measure(options, Path(folder))
-    if options.markdown:
-        options.markdown.parent.mkdir(parents=True, exist_ok=True)
-        options.markdown.write_text(markdown(report))
-    print(json.dumps(report, indent=1) if options.json else markdown(report))
+    command(parser, SIDES, side, measure, markdown)
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:

@@ -17,23 +17,20 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from components.contract.component import Job
-from components.contract.store import Folder, StoreError, open_store
+from components.contract.store import Folder, open_store
 from components.shard_earlier import EarlierShards, write_shards_file
 from components.shard_results import Refusals, ShardResult, Span
+from components.spread import PLACED, SAY_EVERY_SECONDS, in_flight, result_of
 from llava.data.schema import SPLITS, DatasetWriter, GroupSize, Row
-from llava.errors import LlavaError
 
 RECORDS = "checkpoints/shards"
 KEPT = "checkpoints/kept"
-RETRIES = 3
-SAY_EVERY_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -119,27 +116,19 @@ def run_shards(
     progress = _Progress(job, tasks, waiting)
     refusals.check(total)
     earlier = ray.put(EarlierShards.of(job) if waiting and reusable else None)
-    at_once = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
-    queue = iter(waiting)
-    running: dict[Any, ShardTask] = {}
-    try:
-        while True:
-            for task in islice(queue, at_once - len(running)):
-                running[_run.remote(job.folder.uri, task, group, earlier)] = task
-            if not running:
-                break
-            done, _ = ray.wait(list(running), num_returns=1, timeout=SAY_EVERY_SECONDS)
-            for reference in done:
-                task = running.pop(reference)
-                result = results[task.name] = _outcome(reference, task)
-                total.add(result)
-                progress.finished(task)
-                refusals.check(total)
-            job.lease.check()
-            progress.say_sometimes()
-    finally:
-        for reference in running:
-            ray.cancel(reference, force=True)
+
+    def submit(task: ShardTask) -> Any:
+        return _run.remote(job.folder.uri, task, group, earlier)
+
+    def look() -> None:
+        job.lease.check()
+        progress.say_sometimes()
+
+    for task, reference in in_flight(submit, waiting, workers, look):
+        result = results[task.name] = result_of(reference, f"shard {task.name}")
+        total.add(result)
+        progress.finished(task)
+        refusals.check(total)
     in_order = [made for task in tasks if (made := results[task.name]) is not None]
     if reusable:
         write_shards_file(job.folder, in_order)
@@ -173,9 +162,7 @@ def file_of(split: str, part: int) -> str:
     return f"{split}/part-{part:05d}.parquet"
 
 
-_run = ray.remote(
-    num_cpus=1, max_retries=RETRIES, scheduling_strategy="SPREAD", retry_exceptions=[OSError, StoreError]
-)(_run_here)
+_run = ray.remote(**PLACED)(_run_here)
 
 
 def _record(name: str) -> str:
@@ -193,19 +180,6 @@ def _finished(folder: Folder, name: str) -> ShardResult | None:
         (stat := stats[file["path"]]) is not None and stat.size == file["size"] for file in result.files
     )
     return result if whole else None
-
-
-def _outcome(reference: Any, task: ShardTask) -> ShardResult:
-    try:
-        result: ShardResult = ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        cause = error.cause
-        text = str(cause) if isinstance(cause, LlavaError) else f"{type(cause).__name__}: {cause}"
-        raise LlavaError(f"shard {task.name}: {text}") from error
-    except ray.exceptions.RayError as error:
-        line = str(error).strip().splitlines()[0]
-        raise LlavaError(f"shard {task.name}: its worker died {RETRIES + 1} times: {line}") from error
-    return result
 
 
 def _together(job: Job, results: Sequence[ShardResult]) -> ShardResult:

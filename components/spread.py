@@ -1,6 +1,6 @@
 """One function over many pieces, a Ray task each: so many at once, tried again, results as they come.
 
-For what is only counted or compared. What writes a dataset's files goes through `shard_tasks.py`.
+`spread` is for what is only counted or compared; what writes a dataset's files goes through `shard_tasks.py`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,13 @@ from llava.errors import LlavaError, RefusedInput
 
 RETRIES = 3
 SAY_EVERY_SECONDS = 5.0
+PLACED: dict[str, Any] = {
+    "num_cpus": 1,
+    "max_retries": RETRIES,
+    "scheduling_strategy": "SPREAD",
+    "retry_exceptions": [OSError, StoreError],
+}
+"""How Ray runs a piece: one CPU, over all nodes, tried again where a process or the store fails."""
 
 Shared = TypeVar("Shared")
 Piece = TypeVar("Piece")
@@ -38,37 +45,56 @@ def spread(
     every node once. At most `workers` run at once (None: every CPU of the cluster), and no more results than that
     wait. Raises LlavaError for a piece that fails for good; `doing` names the work in it and in the progress.
     """
-    task = ray.remote(
-        num_cpus=1, max_retries=RETRIES, scheduling_strategy="SPREAD", retry_exceptions=[OSError, StoreError]
-    )(work)
+    task = ray.remote(**PLACED)(work)
     everywhere = ray.put(shared)
-    at_once = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
-    queue = iter(enumerate(pieces))
-    running: dict[Any, int] = {}
     started = said = time.monotonic()
     finished = 0
+
+    def look() -> None:
+        nonlocal said
+        job.lease.check()
+        now = time.monotonic()
+        if finished and now - said >= SAY_EVERY_SECONDS:
+            said = now
+            left = (now - started) / finished * (len(pieces) - finished)
+            job.say(f"{doing}: {finished:,} of {len(pieces):,} files, about {left:,.0f} s left")
+
+    def submit(numbered: tuple[int, Piece]) -> Any:
+        return task.remote(everywhere, numbered[1])
+
+    for (number, _), reference in in_flight(submit, list(enumerate(pieces)), workers, look):
+        yield number, result_of(reference, doing)
+        finished += 1
+
+
+def in_flight(
+    submit: Callable[[Piece], Any], pieces: Sequence[Piece], workers: int | None, look: Callable[[], None]
+) -> Iterator[tuple[Piece, Any]]:
+    """`submit(piece)` for each piece, at most `workers` at once (None: every CPU of the cluster).
+
+    Gives each piece with the reference of its finished task, in the order in which they finish. `look` is called
+    after every result, and every few seconds in which none comes; what it raises ends all tasks.
+    """
+    at_once = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+    queue = iter(pieces)
+    running: dict[Any, Piece] = {}
     try:
         while True:
-            for number, piece in islice(queue, at_once - len(running)):
-                running[task.remote(everywhere, piece)] = number
+            for piece in islice(queue, at_once - len(running)):
+                running[submit(piece)] = piece
             if not running:
                 break
             done, _ = ray.wait(list(running), num_returns=1, timeout=SAY_EVERY_SECONDS)
             for reference in done:
-                yield running.pop(reference), _result(reference, doing)
-                finished += 1
-            job.lease.check()
-            now = time.monotonic()
-            if finished and now - said >= SAY_EVERY_SECONDS:
-                said = now
-                left = (now - started) / finished * (len(pieces) - finished)
-                job.say(f"{doing}: {finished:,} of {len(pieces):,} files, about {left:,.0f} s left")
+                yield running.pop(reference), reference
+            look()
     finally:
         for reference in running:
             ray.cancel(reference, force=True)
 
 
-def _result(reference: Any, doing: str) -> Any:
+def result_of(reference: Any, doing: str) -> Any:
+    """What a task gave; LlavaError, which names what it was `doing`, for one that failed for good."""
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:

@@ -32,24 +32,10 @@ def train(
     profile: Profile = False,
 ) -> None:
     """Run the whole workflow; what is finished already is found again, what was cut short is resumed."""
-    _run(preset, root, _with_profile(set_, profile), json_, wait, "register")
-
-
-def _with_profile(overrides: list[str] | None, profile: bool) -> list[str]:
-    traced = [f"{stage}.profile=true" for stage in ("pretrain", "finetune")] if profile else []
-    return [*traced, *(overrides or [])]
+    _run(preset, root, set_, json_, wait, "register", profile)
 
 
 def _stage_command(stage: str, does: str) -> None:
-    def command(
-        preset: Preset, root: Root = "runs", set_: Set = None, json_: AsJson = False, wait: Wait = False
-    ) -> None:
-        _run(preset, root, set_, json_, wait, stage)
-
-    app.command(stage, help=f"{does} Whatever it needs that is not finished runs first.")(command)
-
-
-def _training_command(stage: str, does: str) -> None:
     def command(
         preset: Preset,
         root: Root = "runs",
@@ -58,7 +44,7 @@ def _training_command(stage: str, does: str) -> None:
         wait: Wait = False,
         profile: Profile = False,
     ) -> None:
-        _run(preset, root, _with_profile(set_, profile), json_, wait, stage)
+        _run(preset, root, set_, json_, wait, stage, profile)
 
     app.command(stage, help=f"{does} Whatever it needs that is not finished runs first.")(command)
 
@@ -67,12 +53,12 @@ for _stage, _does in {
     "backbones": "Join a vision tower and a language model into a stock LLaVA folder.",
     "shard": "Turn photos, captions and boxes into Parquet shards.",
     "filter": "Choose stage 1's captions so that rare concepts count.",
+    "pretrain": "Stage 1: train the projector.",
+    "finetune": "Stage 2: train the projector and the language model.",
     "evaluate": "Answer held-out questions and score the answers.",
     "register": "Register the model, as champion or challenger.",
 }.items():
     _stage_command(_stage, _does)
-_training_command("pretrain", "Stage 1: train the projector.")
-_training_command("finetune", "Stage 2: train the projector and the language model.")
 
 
 @app.command()
@@ -254,10 +240,19 @@ def estimate(
     run(preset, set_ or [], gpus, gpu, mfu, price_per_hour, json_)
 
 
-def _run(preset: str, root: str, overrides: list[str] | None, as_json: bool, wait: bool, until: str) -> None:
+def _run(
+    preset: str,
+    root: str,
+    overrides: list[str] | None,
+    as_json: bool,
+    wait: bool,
+    until: str,
+    profile: bool = False,
+) -> None:
+    traced = [f"{stage}.profile=true" for stage in ("pretrain", "finetune")] if profile else []
     from workflows import config as configs
 
-    config = configs.load(preset, overrides or [])
+    config = configs.load(preset, [*traced, *(overrides or [])])
     from workflows import train as workflow
     from workflows.summary import show as show_summary
 

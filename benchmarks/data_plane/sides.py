@@ -1,19 +1,48 @@
 """A side of a comparison runs in a fresh process, so that its CPU time and its memory are its own."""
 
+import argparse
 import json
 import os
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from llava.errors import LlavaError
+
+
+def command(
+    parser: argparse.ArgumentParser,
+    sides: Iterable[str],
+    side: Callable[[argparse.Namespace], None],
+    measure: Callable[[argparse.Namespace, Path], dict[str, Any]],
+    markdown: Callable[[dict[str, Any]], str],
+) -> None:
+    """The command line of a comparison: its own options in `parser`, here what all have; then one side, or all."""
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", action="store_true", help="print medians and rounds as JSON")
+    parser.add_argument("--markdown", type=Path, help="write the result there")
+    parser.add_argument(
+        "--photos", type=Path, help="made there and kept, and used again; default: a temporary folder"
+    )
+    parser.add_argument("--side", choices=list(sides), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        side(options)
+        return
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+        report = measure(options, Path(folder))
+    if options.markdown:
+        options.markdown.parent.mkdir(parents=True, exist_ok=True)
+        options.markdown.write_text(markdown(report))
+    print(json.dumps(report, indent=1) if options.json else markdown(report))
 
 
 @dataclass

@@ -60,8 +60,8 @@ def wait_for(ready: Callable[[], bool], process: subprocess.Popen[str]) -> None:
 
 def killed_after(
     ready: Callable[[Path], bool], ray_local: str, mlflow_db: str, run_in: Any, tmp_path: Path, lines: Any
-) -> None:
-    """Kill the driver once `ready(root)`, run again, compare with an undisturbed run."""
+) -> int:
+    """Kill the driver once `ready(root)`, run again, compare with an undisturbed run; the shards found finished."""
     root = tmp_path / "root"
     settings = ShardSettings(scenes=800, rows_per_shard=20, quality=False)
     slowly = settings.model_copy(update={"workers": 1})
@@ -86,6 +86,7 @@ def killed_after(
     whole = run_in(Shard(), settings, root=tmp_path / "whole")
     assert contents(resumed.artifact) == contents(whole.artifact)
     assert resumed.artifact.manifest.notes == whole.artifact.manifest.notes
+    return len(records)
 
 
 def test_a_killed_driver_leaves_finished_shards_that_the_next_run_does_not_redo(
@@ -94,7 +95,7 @@ def test_a_killed_driver_leaves_finished_shards_that_the_next_run_does_not_redo(
     def three(root: Path) -> bool:
         return len(list(root.glob("shard/*/checkpoints/shards/*.json"))) >= 3
 
-    killed_after(three, ray_local, mlflow_db, run_in, tmp_path, lines)
+    assert killed_after(three, ray_local, mlflow_db, run_in, tmp_path, lines) >= 3
     assert any("found finished" in line for line in lines.said)
 
 
@@ -110,9 +111,9 @@ def test_a_driver_killed_at_a_random_moment_costs_no_finished_shard(
             reached.append(time.monotonic())
         return bool(reached) and time.monotonic() - reached[0] > pause
 
-    killed_after(then, ray_local, mlflow_db, run_in, tmp_path, lines)
-    found = next((line for line in lines.said if "found finished" in line), "none was finished")
-    print(f"round {round_}: killed {pause:.2f} s after shard {shards} of 40; {found}")
+    found = killed_after(then, ray_local, mlflow_db, run_in, tmp_path, lines)
+    print(f"round {round_}: killed {pause:.2f} s after shard {shards} of 40; {found} found finished")
+    assert shards <= found <= 40
 
 
 @pytest.mark.parametrize("seconds", [4.0, pytest.param(20.0, marks=pytest.mark.drill)])

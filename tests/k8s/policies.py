@@ -364,14 +364,14 @@ def config_keys_are_known(objects: list[Object]) -> Breaches:
                 yield f"{entrypoint}: {error}"
 
 
-def parse(words: list[str]) -> None:
-    """Raise where our command line does not take `words`; nothing is run."""
+def parse(words: list[str]) -> str:
+    """The name of our command that takes `words`; raises where none does. Nothing is run."""
     group = get_command(cli.app)
     assert isinstance(group, typer.core.TyperGroup)
     command = group.commands.get(words[1])
     if command is None:
         raise LookupError(f"there is no command {words[1]}")
-    command.make_context(words[1], words[2:])
+    return str(command.make_context(words[1], words[2:]).info_name)
 
 
 def llava_commands(objects: list[Object]) -> list[list[str]]:

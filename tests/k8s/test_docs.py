@@ -38,7 +38,7 @@ def test_what_needs_a_cluster_is_marked_as_not_run() -> None:
 
 @pytest.mark.parametrize("command", [line for line in commands(TEXT) if line.startswith("llava ")])
 def test_every_llava_command_is_one_of_ours(command: str) -> None:
-    parse(shlex.split(command))
+    assert parse(shlex.split(command)) == command.split()[1]
 
 
 def test_every_path_that_is_named_exists() -> None:

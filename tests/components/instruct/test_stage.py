@@ -241,12 +241,13 @@ def test_an_endpoint_that_cannot_be_used_is_told_before_the_cluster_is_joined(
         run_component(Instruct(), llm(teacher, key_file), {"dataset": photos}, workspace)
 
 
-def test_finetune_takes_the_dataset_of_the_teacher_as_that_of_the_rules(
-    run_in: Any, told: Told, photos: Artifact
+@pytest.mark.parametrize("teacher_of", [pytest.param("rules", marks=pytest.mark.drill), "llm"])
+def test_finetune_takes_the_dataset_of_either_teacher(
+    run_in: Any, told: Told, photos: Artifact, teacher_of: str
 ) -> None:
-    dataset = told.artifact
     rules = run_in(Instruct(), InstructSettings(max_bad=0.2), {"dataset": photos}).artifact
-    files = [file for each in (dataset, rules) for file in each.local().glob("*/*.parquet")]
+    dataset = told.artifact if teacher_of == "llm" else rules
+    files = [file for each in (told.artifact, rules) for file in each.local().glob("*/*.parquet")]
     first, *others = (pq.read_schema(file) for file in files if file.parent.name in SPLITS)
     assert all(first.equals(other, check_metadata=True) for other in others)
     assert first.names == DATASET_SCHEMA.names
