@@ -14,7 +14,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,6 +78,10 @@ class TeacherServer:
     def answered(self) -> Counter[str]:
         """How often each request was answered, by the digest of its body."""
         return Counter(one.digest for one in self.seen if one.outcome == "answered")
+
+    def given_up(self, faults: Mapping[str, int]) -> int:
+        """Time-outs of the client that were not the server's hanging: it answered, but too late for this machine."""
+        return faults.get("time-out", 0) - sum(one.outcome == "hang" for one in self.seen)
 
     def most_within(self, seconds: float, amount: Callable[[Seen], int] = lambda one: 1) -> int:
         """The most of `amount` that arrived within any stretch of so many seconds."""

