@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from llava.attention import SEGMENTS
+from llava.attention import packing_attention
 from llava.conversation import IMAGE, Encoder
 from llava.data.collate import Row
 from llava.errors import RefusedInput
@@ -293,11 +293,12 @@ def _prefixes(part: str) -> tuple[str, ...]:
 class LlavaForTraining(nn.Module):
     """The stock model on packed rows: frozen tower, attention inside samples, logits only where there is a label."""
 
-    def __init__(self, model: LlavaForConditionalGeneration, pixels: Pixels):
+    def __init__(self, model: LlavaForConditionalGeneration, pixels: Pixels, attention: str = "auto"):
+        """`attention`: a key of `llava.attention.PACKING`."""
         super().__init__()
         self.stock = model
         self.pixels = pixels
-        model.model.language_model.set_attn_implementation(SEGMENTS)
+        model.model.language_model.set_attn_implementation(packing_attention(attention))
 
     def forward(self, row: Row) -> torch.Tensor:
         """The sum (not the mean) of the cross-entropy over the row's K supervised tokens, a scalar in fp32."""

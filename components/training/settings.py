@@ -10,6 +10,8 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 from components.contract.component import Settings, run_field
 from components.contract.secrets import refuse_secrets
 from components.training.deepspeed_config import deepspeed_config, read_json
+from llava.attention import packing_attention
+from llava.errors import RefusedInput
 from llava.lora import Lora, available
 from llava.pixels import Fit
 from llava.templates import NAMES
@@ -101,6 +103,10 @@ class TrainSettings(Settings):
         "none",
         description="Activations computed again: none, selective (between matrices), full (whole layers), or auto",
     )
+    attention: str = run_field(
+        "auto",
+        description="Kernel of the attention inside a packed row: auto, varlen (flash; bf16 on CUDA) or sdpa",
+    )
     compile: bool = run_field(False, description="Compile the decoder layers with torch.compile")
     fused_loss: bool = run_field(
         False, description="Vocabulary projection and cross-entropy in chunks; torch 2.13 or newer"
@@ -135,6 +141,7 @@ class TrainSettings(Settings):
             raise ValueError(f"min_workers {self.min_workers} is above workers {self.workers}")
         if self.lora and not available():
             raise ValueError("lora needs peft: pip install 'llava-workflow[lora]', or set lora=false")
+        self._refuse_attention()
         if self.compile and self.zero_stage == 3:
             raise ValueError(
                 "compile does not go with zero_stage 3, which swaps weights in a layer: set one back"
@@ -147,6 +154,14 @@ class TrainSettings(Settings):
             )
         self.deepspeed()
         return self
+
+    def _refuse_attention(self) -> None:
+        try:
+            packing_attention(self.attention)
+        except RefusedInput as error:
+            raise ValueError(str(error)) from None
+        if self.attention == "varlen" and not (self.gpu and self.precision == "bf16"):
+            raise ValueError("attention varlen needs gpu=true and precision=bf16: set them, or attention=auto")
 
     def deepspeed(self) -> dict[str, Any]:
         """What DeepSpeed is given; the user's JSON is read on the machine that starts the run."""

@@ -142,7 +142,7 @@ class _Setup:
             "parts": list(task.parts),
             "training": task.training,
         }
-        module = models.LlavaForTraining(stock, pixels)
+        module = models.LlavaForTraining(stock, pixels, settings.attention)
         self.engine = _engine(settings, module, task.deepspeed, self.collator)
         self.heldout: Callable[[], float] | None = None
         if settings.eval_every:

@@ -8,7 +8,7 @@ from torch.nn import functional
 from torch.utils import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
 
-from llava.attention import SEGMENTS
+from llava.attention import PACKING
 from llava.model import LlavaForTraining
 
 Checkpointing = Literal["none", "selective", "full"]
@@ -56,8 +56,8 @@ def compile_layers(language_model: PreTrainedModel, backend: str = "inductor") -
 
     Attention stays as it is: how many samples a row packs would otherwise make a program each.
     """
-    registered = AttentionInterface()[SEGMENTS]
-    AttentionInterface.register(SEGMENTS, torch.compiler.disable(registered))
+    for name in PACKING.values():
+        AttentionInterface.register(name, torch.compiler.disable(AttentionInterface()[name]))
     for layer in language_model.layers:
         layer.compile(dynamic=True, backend=backend)
 

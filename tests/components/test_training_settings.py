@@ -34,6 +34,12 @@ def refusal(*overrides: str) -> str:
             ["finetune.checkpointing=some"],
             "finetune.checkpointing: Input should be 'none', 'selective', 'full' or 'auto'",
         ),
+        (
+            ["finetune.attention=flash_attention_2"],
+            "finetune: attention 'flash_attention_2' cannot pack: it does not know where a sample ends; choose one of",
+        ),
+        (["finetune.attention=varlen"], "finetune: attention varlen needs gpu=true and precision=bf16"),
+        (["finetune.gradient_clipping=null"], "finetune.gradient_clipping: Input should be a valid number"),
         (["finetune.spike_factor=1"], "finetune.spike_factor: Input should be greater than 1"),
         (["finetune.deepspeed_config=gone.json"], "finetune: gone.json: No such file"),
     ],
