@@ -32,6 +32,26 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 BUCKET = "llava-tests"
 PHOTOS = Path(__file__).parents[1] / ".." / "shared" / "data" / "coco"
 WAIT = 90.0  # seconds: a busy machine starts slowly
+LONGEST = (
+    "workflows/test_training_drills.py",
+    "workflows/test_workflow.py",
+    "workflows/test_ray_job.py",
+    # A process that is down to its last test gets another module: this one waits for the drills, which are one test.
+    "components/test_given.py",
+    "components/test_training.py",
+    "components/test_evaluate.py",
+    "components/instruct/test_stage.py",
+    "components/test_deepspeed.py",
+    "components/test_shard_tasks.py",
+)
+"""Modules that run first, each in one process, so that no process is left alone with one of them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first; else as collected (a loadfile run hands them out in this order)."""
+    root = Path(__file__).parent
+    places = {root / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @dataclass(frozen=True)
