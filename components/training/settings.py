@@ -161,7 +161,9 @@ class TrainSettings(Settings):
         except RefusedInput as error:
             raise ValueError(str(error)) from None
         if self.attention == "varlen" and not (self.gpu and self.precision == "bf16"):
-            raise ValueError("attention varlen needs gpu=true and precision=bf16: set them, or attention=auto")
+            raise ValueError(
+                "attention varlen needs gpu=true and precision=bf16: set them, or attention=auto"
+            )
 
     def deepspeed(self) -> dict[str, Any]:
         """What DeepSpeed is given; the user's JSON is read on the machine that starts the run."""
