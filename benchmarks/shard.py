@@ -21,7 +21,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -50,8 +50,11 @@ FLAT = 64 * 2**20
 """Bytes that ten times the rows may add to a worker's memory, in which the driver's list is counted here."""
 A_WORKER = 2**30
 
+Listed = list[tuple[str, Path, list[str]]]
+"""(name, file, captions) of every photo: what a side is given."""
 
-def ours_checked(photos: Path, out: Path, count: int) -> None:
+
+def ours_checked(photos: Path, out: Path, listed: Listed) -> None:
     """Every task of `llava shard`, with Ray's hand-over left out."""
     from components import shard_tasks
     from components.shard import ShardSettings, component
@@ -67,32 +70,32 @@ def ours_checked(photos: Path, out: Path, count: int) -> None:
         shard_tasks._run_here(str(out), task, settings.group)
 
 
-def ours_as_it_comes(photos: Path, out: Path, count: int) -> None:
+def ours_as_it_comes(photos: Path, out: Path, listed: Listed) -> None:
     """`DatasetWriter` alone."""
     from llava.data.schema import DatasetWriter
 
-    for part, few in enumerate(_shards(photos, count)):
+    for part, start in enumerate(range(0, len(listed), PER_SHARD)):
         with DatasetWriter(out / f"part-{part:05d}.parquet") as writer:
-            for name, file, texts in few:
+            for name, file, texts in listed[start : start + PER_SHARD]:
                 image: Any = {"bytes": file.read_bytes(), "path": file.name}
                 writer.write({"id": name, "image": image, "captions": texts})
 
 
-def datasets_checked(photos: Path, out: Path, count: int) -> None:
+def datasets_checked(photos: Path, out: Path, listed: Listed) -> None:
     """`map` decodes and adds the size, then as below."""
 
     def size(row: dict[str, Any]) -> dict[str, Any]:
         return {"width": row["image"].width, "height": row["image"].height}
 
-    _to_parquet(_dataset(photos, count).map(size, cache_file_name=str(out / "cache.arrow")), out)
+    _to_parquet(_dataset(listed).map(size, cache_file_name=str(out / "cache.arrow")), out)
 
 
-def datasets_as_it_comes(photos: Path, out: Path, count: int) -> None:
+def datasets_as_it_comes(photos: Path, out: Path, listed: Listed) -> None:
     """The files' bytes embedded as `push_to_hub` does it, since `to_parquet` alone writes paths, then `to_parquet`."""
-    _to_parquet(_dataset(photos, count), out)
+    _to_parquet(_dataset(listed), out)
 
 
-def webdataset_checked(photos: Path, out: Path, count: int) -> None:
+def webdataset_checked(photos: Path, out: Path, listed: Listed) -> None:
     """Decoded before `write`."""
     from PIL import Image
 
@@ -101,25 +104,19 @@ def webdataset_checked(photos: Path, out: Path, count: int) -> None:
             image.load()
             return {"width": image.width, "height": image.height}
 
-    _to_tars(photos, out, count, size)
+    _to_tars(out, listed, size)
 
 
-def webdataset_as_it_comes(photos: Path, out: Path, count: int) -> None:
+def webdataset_as_it_comes(photos: Path, out: Path, listed: Listed) -> None:
     """Read and written."""
-    _to_tars(photos, out, count, lambda data: {})
+    _to_tars(out, listed, lambda data: {})
 
 
-def _shards(photos: Path, count: int) -> Iterator[list[tuple[str, Path, list[str]]]]:
-    listed = list(files(photos, count))
-    for start in range(0, count, PER_SHARD):
-        yield listed[start : start + PER_SHARD]
-
-
-def _dataset(photos: Path, count: int) -> Any:
+def _dataset(listed: Listed) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
-    names, paths, texts = zip(*files(photos, count), strict=True)
+    names, paths, texts = zip(*listed, strict=True)
     columns = {"id": names, "image": [str(path) for path in paths], "captions": texts}
     return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
 
@@ -134,16 +131,16 @@ def _to_parquet(dataset: Any, out: Path) -> None:
         embedded.with_format(None).to_parquet(str(out / f"part-{part:05d}.parquet"))
 
 
-def _to_tars(photos: Path, out: Path, count: int, look: Callable[[bytes], dict[str, Any]]) -> None:
+def _to_tars(out: Path, listed: Listed, look: Callable[[bytes], dict[str, Any]]) -> None:
     import webdataset
 
     with webdataset.ShardWriter(str(out / "part-%05d.tar"), maxcount=PER_SHARD, verbose=0) as sink:
-        for name, file, texts in files(photos, count):
+        for name, file, texts in listed:
             data = file.read_bytes()
             sink.write({"__key__": name, "jpg": data, "json": {"captions": texts, **look(data)}})
 
 
-SIDES: dict[str, tuple[Callable[[Path, Path, int], None], str]] = {
+SIDES: dict[str, tuple[Callable[[Path, Path, Listed], None], str]] = {
     "ours, checked": (ours_checked, "`llava shard`'s task"),
     "datasets, checked": (datasets_checked, "`map`, `embed_table_storage`, `to_parquet`"),
     "webdataset, checked": (webdataset_checked, "Pillow and `ShardWriter`"),
@@ -154,12 +151,13 @@ SIDES: dict[str, tuple[Callable[[Path, Path, int], None], str]] = {
 
 
 def side(options: argparse.Namespace) -> None:
-    """One side, once: imports first (pyarrow takes pandas along at its first table), then the clock."""
+    """One side, once: imports first (pyarrow takes pandas along at its first table) and the list, then the clock."""
     module = "components.shard.component" if "ours" in options.side else options.side.partition(",")[0]
     for name in ("PIL.Image", "pandas", module):
         import_module(name)
+    listed = list(files(options.photos, options.images))
     clock = Clock()
-    SIDES[options.side][0](options.photos, options.out, options.images)
+    SIDES[options.side][0](options.photos, options.out, listed)
     print(json.dumps(clock.read(options.images, written=folder_bytes(options.out))))
 
 

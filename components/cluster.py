@@ -22,6 +22,9 @@ def prepare() -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     # Ray's coming default, said out loud so that it does not warn about it.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if "RAY_ADDRESS" not in os.environ:
+        # No node of a cluster that lives and dies with the command is ever taken away.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     if "RAY_ADDRESS" not in os.environ and "RAY_AUTH_MODE" not in os.environ and "ray" not in sys.modules:
         # A token of this command's own; Ray would otherwise leave one in the home folder.
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))

@@ -17,11 +17,12 @@ ROOT = Path(__file__).parents[2]
 
 def test_both_ways_to_shards_hold_the_photos_with_their_own_bytes(tmp_path: Path) -> None:
     make_photos(tmp_path / "photos", 12, (64, 48))
+    listed = list(files(tmp_path / "photos", 12))
     for side in (shard.ours_checked, shard.ours_as_it_comes):
         (out := tmp_path / side.__name__).mkdir()
-        side(tmp_path / "photos", out, 12)
+        side(tmp_path / "photos", out, listed)
         rows = [row for path in sorted(out.rglob("*.parquet")) for row in pq.read_table(path).to_pylist()]
-        expected = [(name, path.read_bytes(), texts) for name, path, texts in files(tmp_path / "photos", 12)]
+        expected = [(name, path.read_bytes(), texts) for name, path, texts in listed]
         assert [(row["id"], row["image"]["bytes"], row["captions"]) for row in rows] == expected
 
 

@@ -128,8 +128,8 @@ def test_plain_torch_zero_2_and_zero_3_give_one_curve(undisturbed: Callable[[int
     assert losses(undisturbed(3)) == pytest.approx(alone, abs=1e-4)
 
 
-def test_stock_transformers_loads_what_was_trained(undisturbed: Callable[[int], Artifact]) -> None:
-    folder = undisturbed(2).local("model")
+def test_stock_transformers_loads_what_was_trained(adapted: tuple[Artifact, Lines]) -> None:
+    folder = adapted[0].local("model")
     model = LlavaForConditionalGeneration.from_pretrained(folder)
     processor = AutoProcessor.from_pretrained(folder)
     assert model.config.text_config._attn_implementation != "llava_segments"

@@ -24,8 +24,10 @@ from components.shapes import scenes
 LLAVA = [str(Path(sys.executable).parent / "llava")]
 SMALL = [
     "--set", "shard.scenes=320", "--set", "instruct.heldout_questions=40", "--set", "instruct.per_photo=1",
-    "--set", "finetune.epochs=1", "--set", "pretrain.epochs=0.5", "--set", "evaluate.workers=1",
+    "--set", "finetune.epochs=1", "--set", "pretrain.epochs=0.5", "--set", "pretrain.workers=1",
+    "--set", "evaluate.workers=1",
 ]  # fmt: skip
+ALONE = [part for stage in ("pretrain", "finetune", "evaluate") for part in ("--set", f"{stage}.workers=1")]
 
 
 @dataclass
@@ -242,7 +244,7 @@ def test_real_photos_go_the_whole_way_to_a_registered_version(
     run = llava(
         "train", "tiny", "--set", "shard.source=coco", "--set", f"shard.path={coco_folder}",
         "--set", "shard.heldout=0.1", "--set", "instruct.per_photo=1", "--set", "pretrain.epochs=1",
-        "--set", "finetune.epochs=1", "--set", "evaluate.workers=1", "--set", "register.name=llava-photos", cwd=folder,
+        "--set", "finetune.epochs=1", "--set", "register.name=llava-photos", *ALONE, cwd=folder,
     )  # fmt: skip
     assert run.status == 0, run.err
     trained = open_artifact(run.summary["artifacts"]["pretrain"]).manifest.metrics
