@@ -23,7 +23,7 @@ from components.contract import (
 )
 from components.contract.manifest import MANIFEST
 from components.contract.runner import Outcome
-from components.evaluate import Evaluate
+from components.evaluate import Evaluate, check_questions
 from components.filter import Filter
 from components.finetune import Finetune
 from components.instruct import Instruct, try_endpoint
@@ -150,6 +150,8 @@ def _stages(
     summary: Summary,
     order: Order,
 ) -> None:
+    goal = STAGES.index(until)
+
     def stage(
         component: Component, settings: Settings, as_name: str | None = None, **inputs: Artifact
     ) -> Artifact:
@@ -161,6 +163,8 @@ def _stages(
             for name, value in outcome.artifact.manifest.metrics.items()
             if name.startswith("eval/")
         }
+        if component.name == "instruct" and order is _order and goal >= STAGES.index("evaluate"):
+            check_questions(config.evaluate, outcome.artifact)  # before hours of training
         if component.name == "register":
             summary.model = outcome.artifact.manifest.notes["model"]
         if (as_name or component.name) == until:

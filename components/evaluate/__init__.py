@@ -13,9 +13,20 @@ from typing import ClassVar
 from components.contract import Artifact, Component, Job, Settings
 from components.evaluate import exams
 from components.evaluate.evaluation import Evaluation
-from components.evaluate.questions import heldout_rows
+from components.evaluate.questions import heldout_rows, two_pictures
 from components.evaluate.settings import EvaluateSettings, ExamSettings
 from llava.errors import RefusedInput
+
+
+def check_questions(settings: EvaluateSettings, questions: Artifact) -> None:
+    """Refuse a dataset that keeps no questions back, or only questions about one picture."""
+    if heldout_rows(questions.folder):
+        two_pictures(questions.folder)
+    elif not settings.benchmarks:
+        raise RefusedInput(
+            f"{questions.uri}: no held-out rows, so there is nothing to ask; raise shard.heldout, give an instruct "
+            "artifact that kept some rows back, or name evaluate.benchmarks"
+        )
 
 
 class Evaluate(Component):
@@ -36,11 +47,7 @@ class Evaluate(Component):
             raise RefusedInput(
                 f"{model.uri}: holds no model/config.json; give a finetune, pretrain or backbones artifact"
             )
-        if not heldout_rows(questions.folder) and not settings.benchmarks:
-            raise RefusedInput(
-                f"{questions.uri}: no held-out rows, so there is nothing to ask; give an instruct artifact that kept "
-                "some rows back, or name evaluate.benchmarks"
-            )
+        check_questions(settings, questions)
 
     def external(self, settings: EvaluateSettings) -> dict[str, str]:
         """Fingerprints of the benchmarks' files."""
@@ -54,4 +61,4 @@ class Evaluate(Component):
         evaluation.report()
 
 
-__all__ = ["Evaluate", "EvaluateSettings", "ExamSettings"]
+__all__ = ["Evaluate", "EvaluateSettings", "ExamSettings", "check_questions"]

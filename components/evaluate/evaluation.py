@@ -107,7 +107,11 @@ class Evaluation:
         if shown is not None and (picture := opened[shown]) is not None:
             picture.save(job.scratch / EXAMPLE)
             job.folder.upload(job.scratch / EXAMPLE, EXAMPLE)
-            job.notes["example"] = {"picture": EXAMPLE, "question": samples[shown].question}
+            job.notes["example"] = {
+                "picture": EXAMPLE,
+                "question": samples[shown].question,
+                "expected": samples[shown].expected,
+            }
         for name, scored in self.outcomes.items():
             headline = find(scored.benchmark).headline
             with_blank = (

@@ -19,6 +19,7 @@ from llava.errors import RefusedInput
 NO_KIND = "any"
 """The kind of a question that its dataset gave none."""
 
+_ONE_PICTURE = "show one picture, and asking about another one instead needs two: raise shard.heldout, or give more photos"
 _TEXT = ("id", "conversations", "kinds")
 
 
@@ -43,6 +44,20 @@ class Question:
 def heldout_rows(folder: Folder) -> int:
     """How many held-out rows the dataset in `folder` has; reads footers only."""
     return sum(file.metadata.num_rows for file in _files(folder))
+
+
+def two_pictures(folder: Folder) -> None:
+    """Refuse held-out rows that all show one picture; reads the pictures' names, and bytes only where all are equal."""
+    names: set[str | None] = set()
+    for file in _files(folder):
+        for group in range(file.num_row_groups):
+            column = file.read_row_group(group, columns=["image.path"]).column("image")
+            names.update(cell["path"] for cell in column.to_pylist() if cell)
+            if len(names) > 1:
+                return
+    questions, _ = read_questions(folder, None, 0)
+    if len({question.picture for question in questions}) < 2:
+        raise RefusedInput(f"{folder.uri}: its {len(questions)} held-out questions {_ONE_PICTURE}")
 
 
 def read_questions(folder: Folder, limit: int | None, seed: int) -> tuple[list[Question], dict[str, int]]:
@@ -101,9 +116,7 @@ def wrong_pictures(questions: Sequence[Question], seed: int) -> list[int]:
     for index, question in enumerate(questions):
         first.setdefault(question.picture, index)
     if len(first) < 2:
-        raise RefusedInput(
-            f"{len(questions)} held-out questions show one picture: the wrong-image condition needs two"
-        )
+        raise RefusedInput(f"{len(questions)} held-out questions {_ONE_PICTURE}")
     order = sorted(first)
     random.Random(seed).shuffle(order)
     following = dict(zip(order, order[1:] + order[:1], strict=True))

@@ -116,12 +116,16 @@ def measure(job: Job, view: str) -> Coverage:
     lengths = _Lengths(job, view)
     dataset = job.inputs["dataset"]
     indices, coverage, starts = [], Coverage(), 0
+    each: dict[str, Any] = {}
     for source in [source_of(dataset), *extra_sources(job.prefix, job.settings.extra)]:
         index, found = lengths.of(source)
         _enough(job, source, found)
         indices.append(replace(index, group=index.group + starts))
         starts += len(source.open(view).groups)
         coverage.add(found)
+        each[source.folder.uri] = found.as_json()
+        if job.settings.extra:
+            job.say(f"{source.folder.uri}: {_told(found)}")
     _keep(job, SampleIndex.joined(indices), INDEX)
     if job.settings.eval_every:
         index, _ = lengths.of(source_of(dataset, "heldout"))
@@ -131,11 +135,17 @@ def measure(job: Job, view: str) -> Coverage:
             )
         shuffled = np.random.Generator(np.random.Philox(key=job.settings.seed)).permutation(len(index))
         _keep(job, index.only(np.sort(shuffled[: job.settings.eval_samples])), HELDOUT)
-    job.say(
+    if job.settings.extra:
+        job.notes["coverage_by_dataset"] = each
+    job.say(_told(coverage))
+    return coverage
+
+
+def _told(coverage: Coverage) -> str:
+    return (
         f"{coverage.samples:,} samples, {coverage.tokens:,} tokens, {coverage.supervised:,} supervised; "
         f"{coverage.truncated} truncated, {coverage.refused.total()} refused"
     )
-    return coverage
 
 
 def _keep(job: Job, index: SampleIndex, name: str) -> None:

@@ -9,7 +9,29 @@ import json
 from pathlib import Path
 from typing import Any
 
-_FREE = {"steps_per_print", "zero_optimization.overlap_comm", "zero_force_ds_cpu_optimizer"}
+_ZERO = (
+    "allgather_bucket_size allgather_partitions contiguous_gradients ignore_unused_parameters log_trace_cache_warnings "
+    "memory_efficient_linear offload_optimizer offload_param overlap_comm reduce_bucket_size reduce_scatter "
+    "round_robin_gradients stage3_gather_16bit_weights_on_model_save stage3_max_live_parameters "
+    "stage3_max_reuse_distance stage3_model_persistence_threshold stage3_module_granularity_threshold stage3_param_persistence_threshold "
+    "stage3_prefetch_bucket_size stage3_use_all_reduce_for_fetch_params sub_group_size use_multi_rank_bucket_allreduce "
+    "zero_hpz_partition_size"
+)
+_FREE = {f"zero_optimization.{name}" for name in _ZERO.split()} | {
+    "aio",
+    "comms_logger",
+    "csv_monitor",
+    "dump_state",
+    "flops_profiler",
+    "memory_breakdown",
+    "steps_per_print",
+    "tensorboard",
+    "wall_clock_breakdown",
+    "zero_force_ds_cpu_optimizer",
+}
+"""What arranges memory and communication, or tells of them, and leaves the numbers alone (DeepSpeed 0.19)."""
+_OFF = ("fp16", "amp")
+"""Sections that many a JSON carries along switched off."""
 _NOT_YOURS = {
     "optimizer": "it is AdamW with the keys learning_rate and weight_decay",
     "scheduler": "it would replace the cosine schedule; the keys are learning_rate and warmup_ratio",
@@ -67,18 +89,24 @@ def _merged(ours: dict[str, Any], user: dict[str, Any], prefix: str) -> dict[str
     out = dict(ours)
     for name, value in user.items():
         key = f"{prefix}{name}"
-        if key in _NOT_YOURS and not (isinstance(value, dict) and value.get("enabled") is False):
+        if key in _OFF and isinstance(value, dict) and not value.get("enabled"):
+            continue
+        if key in _NOT_YOURS:
             raise ValueError(f"the DeepSpeed JSON sets {key!r}: {_NOT_YOURS[key]}")
         known = ours.get(name)
         if isinstance(known, dict):
             if not isinstance(value, dict):
                 raise ValueError(f"the DeepSpeed JSON sets {key!r} to {value!r}; it is an object")
             out[name] = _merged(known, value, f"{key}.")
-        elif name in ours and key not in _FREE and value != known:
+        elif key in _FREE:
+            out[name] = value
+        elif name not in ours:
+            raise ValueError(
+                f"the DeepSpeed JSON sets {key!r}, which may change the result or is not known here: leave it out"
+            )
+        elif value != known:
             way_out = f"the key {_KEYS[key]} says it" if key in _KEYS else "it cannot be changed"
             raise ValueError(f"the DeepSpeed JSON sets {key} to {value!r}, here it is {known!r}: {way_out}")
-        else:
-            out[name] = value
     return out
 
 

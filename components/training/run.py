@@ -115,18 +115,22 @@ class Run:
 
     def finish(self, source: Path) -> None:
         """Write the model and the record. `source`: the folder of the model that training began with."""
+        if self.chief:
+            # First, so that no more than one state lies in memory.
+            self._saver.wait()
         self._collect_samples()
         state = self.engine.state()
         if not self.chief or state is None:
             return
-        self._saver.wait()
+        weights = state.weights
+        del state
         settings = self.settings
         stock = models.load(source, torch.float32)
         if settings.lora:
             lora.inject(stock, settings.adapters(), settings.seed)
         own = dict(stock.named_parameters())
         with torch.no_grad():
-            for name, weight in state.weights.items():
+            for name, weight in weights.items():
                 own[name].copy_(weight)
         if settings.lora:
             lora.merge(stock)

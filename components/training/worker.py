@@ -101,7 +101,7 @@ class _Setup:
     """The pieces that training needs, built from the task."""
 
     def __init__(self, task: Task, scratch: Path):
-        settings = task.settings
+        settings = self.settings = task.settings
         cuda = settings.gpu and torch.cuda.is_available()
         device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
         prepare_environment(device.type)
@@ -114,9 +114,7 @@ class _Setup:
             lora.inject(stock, settings.adapters(), settings.seed)
             stock.to(device=device, dtype=dtype)
         pixels = Pixels(processor.image_processor)
-        encoder = Encoder(
-            processor.tokenizer, settings.template, models.image_tokens(stock.config), settings.max_length
-        )
+        encoder = self._encoder(processor, stock.config)
         task.folder.download(INDEX, scratch / INDEX)
         index = SampleIndex.load(scratch / INDEX)
         rows = open_all([source_of(task.dataset), *task.extra], task.view)
@@ -149,8 +147,16 @@ class _Setup:
             task.folder.download(HELDOUT, scratch / HELDOUT)
             plan = Plan(SampleIndex.load(scratch / HELDOUT), settings.seed, 1.0, settings.global_batch)
             unseen = source_of(task.dataset, "heldout").open(task.view)
-            collator = Collator(unseen, task.view, encoder, pixels, plan, budget)
+            # Of its own: both collators work at the same time, and a tokenizer changes while it does.
+            own = self._encoder(models.load_processor(self.source), stock.config)
+            collator = Collator(unseen, task.view, own, pixels, plan, budget)
             self.heldout = partial(heldout_loss, self.engine, module, collator, plan.steps)
+
+    def _encoder(self, processor: Any, config: Any) -> Encoder:
+        settings = self.settings
+        return Encoder(
+            processor.tokenizer, settings.template, models.image_tokens(config), settings.max_length
+        )
 
 
 def _engine(

@@ -94,6 +94,30 @@ def test_a_users_json_arranges_memory_and_communication() -> None:
     assert "train_batch_size" not in config
 
 
+def test_a_json_as_the_trainer_takes_it_is_taken_here() -> None:
+    """With everything "auto" and fp16 switched off, as users of other trainers bring it."""
+    user = {
+        "fp16": {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "min_loss_scale": 1},
+        "bf16": {"enabled": "auto"},
+        "train_micro_batch_size_per_gpu": "auto",
+        "train_batch_size": "auto",
+        "gradient_accumulation_steps": "auto",
+        "zero_optimization": {
+            "stage": 3,
+            "overlap_comm": True,
+            "contiguous_gradients": True,
+            "sub_group_size": 1e9,
+            "reduce_bucket_size": "auto",
+            "stage3_max_live_parameters": 1e9,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        },
+    }
+    config = deepspeed_config(3, 1.0, bf16=True, user=user)
+    assert "fp16" not in config
+    assert config["zero_optimization"]["overlap_comm"] is True
+    assert config["zero_optimization"]["sub_group_size"] == 1e9
+
+
 @pytest.mark.parametrize(
     ("user", "says"),
     [
@@ -106,6 +130,12 @@ def test_a_users_json_arranges_memory_and_communication() -> None:
         ({"gradient_clipping": 0.5}, "gradient_clipping to 0.5, here it is 1.0: the key gradient_clipping"),
         ({"bf16": {"enabled": False}}, "bf16.enabled to False, here it is True: the key precision"),
         ({"fp16": {"enabled": True}}, "'fp16'.*precision"),
+        ({"scheduler": {"type": "WarmupLR", "enabled": False}}, "'scheduler'.*cosine"),
+        ({"gradient_allreduce_op": "sum"}, "'gradient_allreduce_op', which may change the result"),
+        ({"bf16": {"bf16_optimizer_states": True}}, "'bf16.bf16_optimizer_states', which may"),
+        ({"bf16": {"check_grad_overflow": False}}, "'bf16.check_grad_overflow', which may"),
+        ({"zero_optimization": {"zero_quantized_gradients": True}}, "zero_quantized_gradients', which may"),
+        ({"communication_data_type": "fp16"}, "'communication_data_type', which may"),
         ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps to 4.*tokens_per_row"),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, "grad_accum_dtype to 'bf16'.*cannot be changed"),
     ],
