@@ -19,7 +19,9 @@ from llava.errors import RefusedInput
 NO_KIND = "any"
 """The kind of a question that its dataset gave none."""
 
-_ONE_PICTURE = "show one picture, and asking about another one instead needs two: raise shard.heldout, or give more photos"
+_ONE_PICTURE = (
+    "show one picture, and asking about another one needs two: raise shard.heldout, or give more photos"
+)
 _TEXT = ("id", "conversations", "kinds")
 
 

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 _ZERO = (
-    "allgather_bucket_size allgather_partitions contiguous_gradients ignore_unused_parameters log_trace_cache_warnings "
-    "memory_efficient_linear offload_optimizer offload_param overlap_comm reduce_bucket_size reduce_scatter "
-    "round_robin_gradients stage3_gather_16bit_weights_on_model_save stage3_max_live_parameters "
-    "stage3_max_reuse_distance stage3_model_persistence_threshold stage3_module_granularity_threshold stage3_param_persistence_threshold "
-    "stage3_prefetch_bucket_size stage3_use_all_reduce_for_fetch_params sub_group_size use_multi_rank_bucket_allreduce "
+    "allgather_bucket_size allgather_partitions contiguous_gradients ignore_unused_parameters "
+    "log_trace_cache_warnings memory_efficient_linear offload_optimizer offload_param overlap_comm "
+    "reduce_bucket_size reduce_scatter round_robin_gradients "
+    "stage3_gather_16bit_weights_on_model_save stage3_max_live_parameters stage3_max_reuse_distance "
+    "stage3_model_persistence_threshold stage3_module_granularity_threshold "
+    "stage3_param_persistence_threshold stage3_prefetch_bucket_size "
+    "stage3_use_all_reduce_for_fetch_params sub_group_size use_multi_rank_bucket_allreduce "
     "zero_hpz_partition_size"
 )
 _FREE = {f"zero_optimization.{name}" for name in _ZERO.split()} | {
