@@ -26,7 +26,13 @@ from components.evaluate.benchmarks.vqa import is_match
 from components.evaluate.compare import OtherQuestions
 from components.evaluate.outcomes import comparable, outcomes
 from components.evaluate.page import escape
-from components.evaluate.questions import Question, exam_digest, read_questions, wrong_pictures
+from components.evaluate.questions import (
+    Question,
+    exam_digest,
+    read_questions,
+    two_pictures,
+    wrong_pictures,
+)
 from components.evaluate.report import Sample
 from components.evaluate.scores import Answered, metrics
 from components.evaluate.showing import Picture, blank
@@ -517,6 +523,16 @@ def test_a_dataset_without_held_out_rows_is_refused(
     empty = run_in(Given("no-rows", dataset(tmp_path / "empty", [])), GivenSettings()).artifact
     with pytest.raises(RefusedInput, match="no held-out rows"):
         run_in(Evaluate(), EvaluateSettings(), inputs | {"questions": empty})
+
+
+def test_held_out_rows_about_one_picture_are_refused_whatever_its_names(tmp_path: Path) -> None:
+    rows = [row(name, colour, "Which?", "red", None) for name, colour in (("a", "red"), ("b", "red"))]
+    with pytest.raises(
+        RefusedInput, match=r"its 2 held-out questions show one picture.*raise shard\.heldout"
+    ):
+        two_pictures(open_store(dataset(tmp_path / "one", rows)))
+    rows.append(row("c", "blue", "Which?", "blue", None))
+    two_pictures(open_store(dataset(tmp_path / "two", rows)))
 
 
 def test_an_artifact_without_a_model_is_refused(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from components.contract import open_artifact
 from tests.workflows.test_workflow import LLAVA, SMALL, Run, environment, llava
 
 pytestmark = pytest.mark.drill
@@ -29,8 +30,23 @@ def test_three_seeds_all_see_the_picture(tmp_path: Path) -> None:
         assert found[0] > 70
         assert found[0] - found[1] >= 30
         assert found[0] - found[2] >= 30
+        if seed == 0:
+            asked_as_printed(run, tmp_path)
     print(f"mean {statistics.mean(right):.1f} %")
     assert statistics.mean(right) > 80
+
+
+def asked_as_printed(run: Run, folder: Path) -> None:
+    """`llava ask` about the held-out picture that the run names: the right answer, by artifact and by alias."""
+    example = open_artifact(run.summary["artifacts"]["evaluate"]).manifest.notes["example"]
+    picture = Path(run.summary["artifacts"]["evaluate"]) / example["picture"]
+    for model in (run.summary["artifacts"]["finetune"], "models:/llava-tiny@champion"):
+        done = subprocess.run(
+            [*LLAVA, "ask", "--model", model, "--image", str(picture), example["question"]],
+            cwd=folder, env=environment(), capture_output=True, text=True, timeout=300, check=True,
+        )  # fmt: skip
+        print(f"{example['question']} {done.stdout.strip()}")
+        assert done.stdout.strip() == example["expected"]
 
 
 SETTINGS = ["train", "tiny", *SMALL, "--set", "finetune.checkpoint_every=5"]

@@ -176,6 +176,16 @@ def test_ask_gives_the_champions_answer(first: tuple[Path, Run], tmp_path: Path)
     assert answers[0].strip()
 
 
+def test_questions_about_one_picture_are_refused_before_training(first: tuple[Path, Run]) -> None:
+    folder, run = first
+    refused = llava("train", "tiny", *SMALL, "--set", "instruct.heldout_questions=1", cwd=folder)
+    assert (refused.status, refused.summary) == (2, {})
+    assert "its 1 held-out questions show one picture" in refused.err
+    trained = [path.parent for path in folder.glob("runs/finetune/*/manifest.json")]
+    assert [path.name for path in trained] == [Path(run.summary["artifacts"]["finetune"]).name]
+    assert "pretrain:" not in refused.err
+
+
 def test_an_evaluation_whose_driver_is_killed_goes_on_with_the_batches_that_are_left(
     first: tuple[Path, Run], tmp_path: Path
 ) -> None:
@@ -243,11 +253,11 @@ def test_real_photos_go_the_whole_way_to_a_registered_version(
     folder, _ = first
     run = llava(
         "train", "tiny", "--set", "shard.source=coco", "--set", f"shard.path={coco_folder}",
-        "--set", "shard.heldout=0.1", "--set", "instruct.per_photo=1", "--set", "pretrain.epochs=1",
-        "--set", "finetune.epochs=1", "--set", "register.name=llava-photos", *ALONE, cwd=folder,
+        "--set", "register.name=llava-photos", *ALONE, cwd=folder,
     )  # fmt: skip
     assert run.status == 0, run.err
-    trained = open_artifact(run.summary["artifacts"]["pretrain"]).manifest.metrics
-    assert trained["train/loss_last"] < trained["train/loss_first"]
+    for stage in ("pretrain", "finetune"):
+        trained = open_artifact(run.summary["artifacts"][stage]).manifest.metrics
+        assert trained["train/loss_last"] < trained["train/loss_first"]
     assert run.summary["model"]["name"] == "llava-photos"
     assert open_artifact(run.summary["artifacts"]["shard"]).manifest.notes["rows"]["train"] > 80
