@@ -340,7 +340,8 @@ def choices(
         if zero_stage == 0 and setup.precision == "bf16":
             continue
         tried = replace(setup, zero_stage=zero_stage, tokens_per_row=tokens, checkpointing=saving)
-        longest = max(min(tokens, share), min(max_length, share))
+        # A GPU's part of a batch is the mean and at most a sample more; a long sample has a row to itself.
+        longest = min(max(tokens, max_length), share + max_length)
         needed = memory(sizes, tried, heaviest_row(sizes, corpus, longest))
         seconds = _seconds(sizes, tried, corpus, card, global_batch)
         given = usable(card)

@@ -229,9 +229,8 @@ def _stage_lines(
     yield f"  {done.total / 1e12:.1f} TFLOP per sample: {parts}"
     yield f"  GiB per GPU with {RESERVE.fragmentation:.0%} lost between blocks; * does not fit"
     yield from _table(stage)
-    memory = best.memory
-    yield f"  choose {best.name}: {memory.total / GIB:.1f} GiB"
-    yield "    " + ", ".join(f"{part} {value / GIB:.1f}" for part, value in asdict(memory).items() if value)
+    yield from _parts(stage)
+    yield f"  choose {best.name}: {best.memory.total / GIB:.1f} GiB"
     yield f"    {_why(stage)}"
     if stage.known:
         cost = (
@@ -254,6 +253,16 @@ def _table(stage: StagePlan) -> Iterator[str]:
         cells.setdefault(place, {})[each.setup.checkpointing] = need
     for (zero_stage, tokens), row in cells.items():
         yield f"    {zero_stage:>4} {tokens:>14} " + " ".join(f"{row[name]:>10}" for name in columns)
+
+
+def _parts(stage: StagePlan) -> Iterator[str]:
+    """What the memory goes to, a line per ZeRO stage at the row and checkpointing of the choice."""
+    best = stage.best.setup
+    yield f"  by part, at {best.tokens_per_row} tokens per row, checkpointing {best.checkpointing}:"
+    for each in stage.found:
+        if (each.setup.tokens_per_row, each.setup.checkpointing) == (best.tokens_per_row, best.checkpointing):
+            parts = (f"{part} {value / GIB:.1f}" for part, value in asdict(each.memory).items() if value)
+            yield f"    {each.setup.zero_stage:>4} {', '.join(parts)}"
 
 
 def _why(stage: StagePlan) -> str:

@@ -113,6 +113,21 @@ def test_seven_billion_fit_where_they_are_known_to_fit() -> None:
     assert not any(choice.fits for choice in found(SEVEN, "full", MIX, 4, "rtx4090-24g"))
 
 
+def test_a_row_may_hold_more_than_a_gpus_mean_part_of_the_batch() -> None:
+    """Two samples a GPU on average: one of `max_length` still has to fit, and a larger row stays empty."""
+    setup = Setup("full", 16)
+    few = Corpus(158_000, 250, 180)
+    needed = {
+        rows: next(iter(choices(SEVEN, setup, few, gpu("a100-80g"), 32, 2048, [2], [rows], ["none"]))).memory
+        for rows in (1024, 2048, 4096, 32768)
+    }
+    mean = 2 * few.tokens(SEVEN)
+    assert mean < 2048
+    one = memory(SEVEN, replace(setup, zero_stage=2, checkpointing="none"), heaviest_row(SEVEN, few, 2048))
+    assert needed[1024].activations == needed[2048].activations == one.activations
+    assert needed[32768].activations == pytest.approx(one.activations * (mean + 2048) / 2048)
+
+
 def test_thirteen_billion_fit_as_published() -> None:
     """Eight A100 of 80 GB with ZeRO-3 trained it (v1.5); replicated weights and gradients would not fit."""
     zero_3 = found(THIRTEEN, "full", MIX, 8, "a100-80g", zero_stages=[3])
