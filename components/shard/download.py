@@ -28,8 +28,9 @@ import random
 import socket
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
@@ -82,7 +83,8 @@ class _Host:
 class Downloader:
     """One client of one process; use it as `async with`, within one event loop.
 
-    Memory: `at_once` bodies of 1 MiB and four of `max_bytes` at most.
+    Memory: `at_once` bodies of 1 MiB and four of `max_bytes` at most. Waiting to be one of the four
+    does not count as time of a try.
     """
 
     def __init__(self, settings: DownloadSettings, *, max_bytes: int, allow_private: bool = False) -> None:
@@ -128,8 +130,8 @@ class Downloader:
             try:
                 async with host.slots:
                     await host.opens()
-                    async with self._slots, asyncio.timeout(self._settings.timeout):
-                        return await self._get(target)
+                    async with self._slots, asyncio.timeout(self._settings.timeout) as limit:
+                        return await self._get(target, limit)
             except _Again as again:
                 failed, asked = again.failed, again.asked
             except TimeoutError:
@@ -142,7 +144,7 @@ class Downloader:
             await asyncio.sleep(min(pause, self._settings.longest_pause))
         return failed
 
-    async def _get(self, url: URL) -> Fetched:
+    async def _get(self, url: URL, limit: asyncio.Timeout) -> Fetched:
         """One try. Raises _Again and TimeoutError."""
         follow = self._settings.redirects > 0
         try:
@@ -150,7 +152,7 @@ class Downloader:
             async with self._session.get(
                 url, allow_redirects=follow, max_redirects=self._settings.redirects + 1
             ) as answer:
-                return await self._body(answer)
+                return await self._body(answer, limit)
         except aiohttp.TooManyRedirects:
             return Fetched(None, "redirects", f"more than {self._settings.redirects} redirects")
         except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError) as error:
@@ -170,7 +172,7 @@ class Downloader:
         except (aiohttp.ClientError, ValueError) as error:
             return Fetched(None, "no-http", str(error))
 
-    async def _body(self, answer: aiohttp.ClientResponse) -> Fetched:
+    async def _body(self, answer: aiohttp.ClientResponse, limit: asyncio.Timeout) -> Fetched:
         status = answer.status
         if status in _PASSING or status >= 500:
             raise _Again(f"http-{status}", asked=_retry_after(answer.headers))
@@ -188,13 +190,24 @@ class Downloader:
                 break
         else:
             return Fetched(bytes(data))
-        async with self._large:
+        async with self._large_one(limit):
             while len(data) <= self._max_bytes:
                 chunk = await answer.content.readany()
                 if not chunk:
                     return Fetched(bytes(data))
                 data += chunk
         return too_many
+
+    @asynccontextmanager
+    async def _large_one(self, limit: asyncio.Timeout) -> AsyncIterator[None]:
+        """One of the permits for large bodies; the clock of the try stands still until it is there."""
+        clock, ends = asyncio.get_running_loop().time, limit.when()
+        assert ends is not None
+        left = ends - clock()
+        limit.reschedule(None)
+        async with self._large:
+            limit.reschedule(clock() + left)
+            yield
 
     def _socket(self, info: Any) -> socket.socket:
         family, kind, protocol, _, address = info

@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 
+LARGE = 2 * 2**20  # bytes of "late", and those after which "drip" drips
 _EMPTY = b"HTTP/1.1 %s\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
 
@@ -24,6 +25,7 @@ class StrangeServer:
         self.port = 0
         self.elsewhere = "http://127.0.0.1:1"
         self.pause = 0.0
+        self.held = False  # whether bodies of "late" have to wait
 
     @property
     def url(self) -> str:
@@ -97,6 +99,8 @@ class StrangeServer:
             "announced": b"Content-Length: 10000000000\r\n\r\n",
             "endless": b"\r\n",
             "slow": b"\r\n",
+            "late": b"Content-Length: %d\r\n\r\n" % LARGE,
+            "drip": b"\r\n" + bytes(LARGE),
         }
         statuses = {
             "flaky": "503 Later",
@@ -113,7 +117,11 @@ class StrangeServer:
             writer.write(_EMPTY % statuses.get(kind, f"{kind} No").encode())
         if kind in ("hang", "announced"):
             await asyncio.sleep(60)
-        while kind in ("endless", "slow"):
+        while kind == "late" and self.held:
+            await asyncio.sleep(0.01)
+        if kind == "late":
+            writer.write(bytes(LARGE))
+        while kind in ("endless", "slow", "drip"):
             piece = b"\xff" * (65_536 if kind == "endless" else 1)
             writer.write(piece)
             self.sent[path] += len(piece)

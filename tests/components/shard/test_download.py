@@ -24,7 +24,7 @@ from components.shard.download import Downloader, Fetched, is_public
 from components.shard.settings import DownloadSettings
 from components.shard.sources import SOURCES, outcomes
 from components.shard.sources.base import RefusedSample
-from tests.components.shard.strange_server import StrangeServer
+from tests.components.shard.strange_server import LARGE, StrangeServer
 
 QUICK = DownloadSettings(timeout=1.0, tries=2, longest_pause=2.0, user_agent="a test, test@example.org")
 MOST = 200_000
@@ -236,6 +236,26 @@ def test_no_more_downloads_run_at_once_than_the_settings_say(server: StrangeServ
         server.most_open = 0
         assert all(one.data for one in fetch(*urls, settings=settings, allow_private=True))
         assert server.most_open == most
+
+
+def test_waiting_behind_slow_large_bodies_does_not_count_as_time(server: StrangeServer) -> None:
+    settings = QUICK.model_copy(update={"tries": 1, "per_host": 20, "timeout": 2.0})
+    server.held = True
+
+    async def run() -> tuple[list[Fetched], list[Fetched]]:
+        async with Downloader(settings, max_bytes=2 * LARGE, allow_private=True) as downloader:
+            late = [asyncio.create_task(downloader.fetch(f"{server.url}/late-{n}")) for n in range(6)]
+            while len(server.hits) < len(late):
+                await asyncio.sleep(0.01)
+            slow = [asyncio.create_task(downloader.fetch(f"{server.url}/drip-{n}")) for n in range(4)]
+            while not downloader._large.locked():
+                await asyncio.sleep(0.01)
+            server.held = False
+            return await asyncio.gather(*late), await asyncio.gather(*slow)
+
+    late, slow = asyncio.run(run())
+    assert [len(one.data or b"") for one in late] == [LARGE] * len(late)
+    assert [one.reason for one in slow] == ["timeout"] * len(slow)
 
 
 def test_the_environment_cannot_put_a_proxy_in_between(
