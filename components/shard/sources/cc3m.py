@@ -35,12 +35,15 @@ from components.shard.sources.base import (
     split_by_hash,
 )
 from components.shard.sources.photos import admit, resized
-from components.shard.sources.pieces import File, lines
+from components.shard.sources.pieces import File, lines, read_at
 from llava.data.schema import Row
 
 KEEP_EVERY_SECONDS = 5.0
 _KEEP_ROWS, _KEEP_BYTES = 64, 8 * 2**20
 _HOSTS_TO_JUDGE_BY = 3
+_NO_SIGN = (*NO_ANSWER, "url", "private-address")  # reasons that do not show that the network works
+_WITNESSES = 16
+_LOOK = 16 * 2**10  # bytes of the list in which a link of another host is looked for
 _KEPT = pa.schema(
     [("url", pa.binary()), ("data", pa.binary()), ("reason", pa.string()), ("detail", pa.string())]
 )
@@ -62,16 +65,17 @@ def check(settings: ShardSettings) -> tuple[Store, str]:
 
 def listing(settings: ShardSettings) -> Listing:
     """The lines, unread: the tasks read theirs."""
-    return Listing(lines(File.at(*check(settings))))
+    file = File.at(*check(settings))
+    return Listing(lines(file), file)
 
 
 def rows(
-    settings: ShardSettings, place: None, items: Sequence[tuple[int, bytes]], kept: Store
+    settings: ShardSettings, place: File, items: Sequence[tuple[int, bytes]], kept: Store
 ) -> Iterator[Outcome]:
     """Fetch what is not kept yet, then give the rows in the order of the lines."""
     links = [_link(number, line) for number, line in items]
     with Kept(kept) as found:
-        asyncio.run(_fetch(settings, [link.url for link in links if isinstance(link, Link)], found))
+        asyncio.run(_fetch(settings, place, [link.url for link in links if isinstance(link, Link)], found))
 
         def load(link: Link | RefusedSample) -> Loaded:
             if isinstance(link, RefusedSample):
@@ -105,7 +109,7 @@ def _load(settings: ShardSettings, link: Link, fetched: Fetched) -> Loaded:
     return Loaded(split_by_hash(settings, link.url), row, resized(photo))
 
 
-async def _fetch(settings: ShardSettings, urls: list[str], kept: Kept) -> None:
+async def _fetch(settings: ShardSettings, file: File, urls: list[str], kept: Kept) -> None:
     """Everything at once, as far as the limits allow; StoreError where nobody in the world answers."""
     wanted = [url for url in dict.fromkeys(urls) if url not in kept]
     if not wanted:
@@ -129,20 +133,54 @@ async def _fetch(settings: ShardSettings, urls: list[str], kept: Kept) -> None:
             await asyncio.gather(*(one(url) for url in wanted))
         finally:
             keeper.cancel()
-    await asyncio.to_thread(kept.flush)
-    results = [kept.get(url) for url in wanted]
-    hosts = {host_of(url) for url in wanted}
-    if len(hosts) >= _HOSTS_TO_JUDGE_BY and all(result.reason in NO_ANSWER for result in results):
+        await asyncio.to_thread(kept.flush)
+        hosts = _silent(wanted, kept)
+        if len(hosts) < _HOSTS_TO_JUDGE_BY:
+            return
+
+        async def ask(url: str) -> str:
+            return (await downloader.fetch(url)).reason
+
+        answers = await asyncio.gather(*map(ask, _witnesses(file, urls, kept, hosts)))
+    if all(reason in _NO_SIGN for reason in answers):
+        asked = len(hosts) + sum(reason in NO_ANSWER for reason in answers)
+        first = next(url for url in wanted if kept.reason(url) in NO_ANSWER)
         raise StoreError(
-            f"not one of {len(hosts)} hosts answered ({wanted[0]}: {results[0].detail}): is this machine online? "
+            f"not one of {asked} hosts answered ({first}: {kept.get(first).detail}): is this machine online? "
             "Run again when it is; what was fetched before is kept"
         )
+
+
+def _silent(urls: list[str], kept: Kept) -> set[str | None]:
+    """The hosts that gave no answer; none where any host gave one."""
+    if any(kept.reason(url) not in _NO_SIGN for url in urls):
+        return set()
+    return {host_of(url) for url in urls if kept.reason(url) in NO_ANSWER}
+
+
+def _witnesses(file: File, urls: list[str], kept: Kept, silent: set[str | None]) -> list[str]:
+    """Links of different hosts to ask whether the network works: any shard may be left with dead ones alone.
+
+    Those of this shard that were answered in an earlier try, and some from all over the list.
+    """
+    answered = {host_of(url): url for url in urls if kept.reason(url) not in _NO_SIGN}
+    found = dict(list(answered.items())[:_WITNESSES])
+    for start in range(0, file.size, max(1, file.size // _WITNESSES)):
+        data = read_at(file, start, min(_LOOK, file.size - start))
+        whole = data[: data.rfind(b"\n") + 1].split(b"\n")[1 if start else 0 :]
+        for link in (_link(0, line) for line in whole):
+            host = host_of(link.url) if isinstance(link, Link) else None
+            if isinstance(link, Link) and host is not None and host not in silent and host not in found:
+                found[host] = link.url
+                break
+    return list(found.values())
 
 
 class Kept:
     """What was fetched: in a local file for this task, and in segments in a store for the next try.
 
-    No answer at all is not kept: it may lie with this machine, and is asked for again.
+    No answer at all is not kept: it may lie with this machine, and is asked for again. So what an unfinished shard
+    has left may be dead links alone.
     """
 
     def __init__(self, store: Store) -> None:
@@ -194,6 +232,10 @@ class Kept:
                 writer.write_table(pa.Table.from_pylist(segment, schema=_KEPT))
             self._store.write(f"{uuid4().hex}.arrow", sink.getvalue().to_pybytes())
 
+    def reason(self, url: str) -> str:
+        """Why there is nothing for `url`, which must have been added; "" where there is."""
+        return self._found[_key(url)][2]
+
     def get(self, url: str) -> Fetched:
         """The result for `url`, which must have been added."""
         start, size, reason, detail = self._found[_key(url)]
@@ -216,7 +258,7 @@ def _encodable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def made_of(settings: ShardSettings, place: None, items: Sequence[tuple[int, bytes]]) -> Iterable[object]:
+def made_of(settings: ShardSettings, place: File, items: Sequence[tuple[int, bytes]]) -> Iterable[object]:
     """The lines and their numbers: what was fetched for a line once is not fetched again."""
     return items
 

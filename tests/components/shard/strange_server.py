@@ -1,4 +1,4 @@
-"""A web server that does what the servers of a list of URLs do: answers, refuses, hangs, floods, leads astray."""
+"""A web server that does what the servers of a list of URLs do: answers, hangs, hangs, floods, leads astray."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class StrangeServer:
         self.port = 0
         self.elsewhere = "http://127.0.0.1:1"
         self.pause = 0.0
+        self.hangs = False  # whether it hangs whatever it is asked
         self.held = False  # whether bodies of "late" have to wait
 
     @property
@@ -76,7 +77,7 @@ class StrangeServer:
             writer.close()
 
     async def _answer(self, path: str, writer: asyncio.StreamWriter) -> None:
-        kind = path.strip("/").partition("?")[0].partition("-")[0]
+        kind = "hang" if self.hangs else path.strip("/").partition("?")[0].partition("-")[0]
         if kind in ("flaky", "busy") and self.hits[path] > 1:
             kind = "ok"
         goals = {

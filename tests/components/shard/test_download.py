@@ -276,7 +276,7 @@ KILLED = """
     cc3m._KEEP_ROWS = 5
     settings = ShardSettings.model_validate_json(sys.argv[1])
     listing = SOURCES["cc3m"].listing(settings)
-    list(outcomes(settings, None, listing.items, open_store(sys.argv[2])))
+    list(outcomes(settings, listing.place, listing.items, open_store(sys.argv[2])))
 """
 
 
@@ -317,14 +317,49 @@ def test_what_was_fetched_before_a_kill_is_not_fetched_again(server: StrangeServ
     assert [str(one) for one in again] == [str(one) for one in found]
 
 
+DEAD = [f"a\thttp://host{number}.example/a.jpg" for number in range(4)]
+
+
 def test_a_machine_without_a_network_does_not_turn_every_link_into_a_dead_one(
-    names: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    public: None, names: dict[str, list[str]], server: StrangeServer, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(download, "FIRST_PAUSE", 0.01)
-    settings = cc3m(tmp_path / "data", [f"a\thttp://host{number}.example/a.jpg" for number in range(4)])
     with pytest.raises(StoreError, match=r"not one of 4 hosts answered .*is this machine online"):
-        run(settings, tmp_path / "kept")
+        run(cc3m(tmp_path / "data", DEAD), tmp_path / "kept")
     assert not list((tmp_path / "kept").glob("*"))
+    unfetchable = cc3m(tmp_path / "odd", ["a\tno url", "a\thttp://127.0.0.1/a.jpg", *DEAD])
+    with pytest.raises(
+        StoreError, match=r"not one of 4 hosts answered \(http://host0.*is this machine online"
+    ):
+        run(unfetchable, tmp_path / "odd-kept")
+    run(cc3m(tmp_path / "before", [f"a\t{server.url}/ok"]), tmp_path / "kept")
+    kept = list((tmp_path / "kept").glob("*"))
+    gone = cc3m(tmp_path / "gone", [f"a\t{server.url}/ok", *DEAD])
+    server.hangs = True
+    with pytest.raises(StoreError, match=r"not one of 5 hosts answered .*is this machine online"):
+        run(gone, tmp_path / "kept")
+    assert list((tmp_path / "kept").glob("*")) == kept
+
+
+def test_a_shard_that_is_left_with_dead_links_alone_is_finished(
+    public: None, names: dict[str, list[str]], server: StrangeServer, tmp_path: Path
+) -> None:
+    good = [f"a\t{server.url}/ok-{number}" for number in range(3)]
+    run(cc3m(tmp_path / "before", good), tmp_path / "kept")
+    found = run(cc3m(tmp_path / "data", [*DEAD, *good]), tmp_path / "kept")
+    assert [getattr(one, "reason", "") for one in found] == ["dns"] * 4 + [""] * 3
+
+
+@pytest.mark.parametrize("answer", ["ok", "404"])
+def test_a_small_shard_of_dead_links_is_finished_where_other_links_of_the_list_are_answered(
+    public: None, names: dict[str, list[str]], server: StrangeServer, tmp_path: Path, answer: str
+) -> None:
+    alive = [f"a\t{server.url}/{answer}-{number}" for number in range(400)]
+    settings = cc3m(tmp_path / "data", [*alive, *DEAD])
+    listing = SOURCES["cc3m"].listing(settings)
+    last = listing.items[400:]
+    found = list(outcomes(settings, listing.place, last, open_store(tmp_path / "kept")))
+    assert [getattr(one, "reason", "") for one in found] == ["dns"] * 4
+    assert sum(server.hits.values()) == 1
 
 
 def test_a_list_of_links_becomes_a_dataset_through_ray(
