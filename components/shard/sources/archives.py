@@ -2,8 +2,8 @@
 
 A zip has its table at the end: two ranged reads, wherever it lies. A tar has none: it is walked once, which on S3
 means to stream it. What stands in an archive is not trusted: links, encrypted members, unknown compression and
-members over the limit are refused before a byte of them is unpacked; one that unpacks to another size or another
-checksum than the table says is broken.
+members over the limit are refused before a byte of them is unpacked; one that lies outside the archive, or unpacks
+to another size or another checksum than the table says, is broken.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ _MEMBER = np.dtype(
     [("name", "u8"), ("start", "i8"), ("packed", "i8"), ("size", "i8"), ("crc", "u4"), ("kind", "u1")]
 )
 _ZIP_HEADER = 30
+_SLACK = 2**20  # bytes by which packing may make a member longer
+_MOST = 2**63 - 1
 
 
 class Member(NamedTuple):
@@ -52,7 +54,9 @@ class Archive:
         self._zipped = file.key.endswith(".zip")
         try:
             members = list(_zip_members(file) if self._zipped else _tar_members(file))
-        except (zipfile.BadZipFile, tarfile.TarError, NotImplementedError, EOFError) as error:
+        except (
+            zipfile.BadZipFile, tarfile.TarError, NotImplementedError, EOFError, OverflowError, ValueError
+        ) as error:  # fmt: skip
             raise RefusedInput(
                 f"{file}: no {file.key[-3:]} archive that can be read in place: {error}"
             ) from None
@@ -86,6 +90,10 @@ class Archive:
             raise BadImage(
                 "too-many-bytes", f"{self.file}: {path} would unpack to {size:,} bytes; limit {longest:,}"
             )
+        if packed > longest + _SLACK or (kind == _STORED and packed != size):
+            raise BadImage("broken", f"{self.file}: {path} takes {packed:,} bytes for {size:,}")
+        if start < 0 or start + (_ZIP_HEADER if self._zipped else 0) + packed > self.file.size:
+            raise BadImage("broken", f"{self.file}: {path} does not lie inside the archive")
         data = self._zip_data(start, packed) if self._zipped else read_at(self.file, start, packed)
         if kind == _DEFLATED:
             data = self._inflated(data, path, size)
@@ -189,9 +197,10 @@ def _zip_members(file: File) -> Iterator[Member]:
                 kind = _OTHER
             if info.external_attr >> 28 == 0o12:
                 kind = _LINK
-            yield Member(
-                info.filename, info.header_offset, info.compress_size, info.file_size, info.CRC, kind
+            start, packed, size = (
+                min(number, _MOST) for number in (info.header_offset, info.compress_size, info.file_size)
             )
+            yield Member(info.filename, start, packed, size, info.CRC, kind)
 
 
 def _tar_members(file: File) -> Iterator[Member]:
@@ -209,6 +218,8 @@ def members_of(opened: IO[bytes], mode: Any) -> Iterator[tarfile.TarInfo]:
     """The headers of a tar one by one, without a list of them in memory. Raises tarfile.TarError."""
     with tarfile.open(fileobj=opened, mode=mode, tarinfo=CarefulTarInfo) as archive:
         while (info := archive.next()) is not None:
+            if info.size < 0:
+                raise tarfile.ReadError(f"damaged: a member of {info.size:,} bytes")
             yield info
             archive.members.clear()  # type: ignore[attr-defined]
 

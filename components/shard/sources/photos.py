@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from llava.errors import RefusedInput
 
 _LARGE_PIXELS = 8_000_000
 _LOOK_UPS = 8  # photos whose versions are asked for at once
+_UNREADABLE = (errno.EACCES, errno.EPERM, errno.ELOOP)  # of one file; other errors are the disk's
 _one_large = threading.Lock()  # large photos are decoded one at a time: 64 MP are hundreds of megabytes
 
 
@@ -47,19 +49,28 @@ class Folder:
     def read(self, path: str, longest: int) -> bytes | None:
         """The file, its size looked up first."""
         key = self.prefix + path
-        found = self.store.stat(key)
-        if found is None:
-            return None
-        if found.size > longest:
-            raise BadImage("too-many-bytes", f"{key} has {found.size:,} bytes; limit {longest:,}")
         try:
+            found = self.store.stat(key)
+            if found is None:
+                return None
+            if found.size > longest:
+                raise BadImage("too-many-bytes", f"{key} has {found.size:,} bytes; limit {longest:,}")
             return self.store.read(key)
         except FileNotFoundError:
             return None
+        except OSError as error:
+            if error.errno not in _UNREADABLE:
+                raise
+            raise BadImage("unreadable", f"{key}: {error.strerror}") from None
 
     def version(self, path: str) -> str | None:
         """Size and time of change, or ETag."""
-        found = self.store.stat(self.prefix + path)
+        try:
+            found = self.store.stat(self.prefix + path)
+        except OSError as error:
+            if error.errno not in _UNREADABLE:
+                raise
+            return "unreadable"
         return None if found is None else f"{found.size}-{found.version}"
 
 

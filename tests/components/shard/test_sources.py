@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import random
 import stat
+import struct
 import subprocess
 import sys
 import tarfile
@@ -20,7 +23,7 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from components.contract.store import open_store
+from components.contract.store import FolderStore, open_store
 from components.shard import Shard, ShardSettings
 from components.shard.sources import SOURCES, base, json_stream, outcomes, pieces
 from components.shard.sources.base import RefusedSample
@@ -215,18 +218,82 @@ def test_what_an_archive_may_not_hold_is_refused_before_it_is_unpacked(tmp_path:
         packed.writestr("bomb.jpg", bytes(50_000_000))
         packed.writestr("lzma.jpg", jpeg(), zipfile.ZIP_LZMA)
         packed.writestr("liar.jpg", bytes(3000))
+        packed.writestr("stored.jpg", jpeg(), zipfile.ZIP_STORED)
+        for name in ("wide.jpg", "end.jpg", "after.jpg", "far.jpg"):
+            packed.writestr(name, jpeg())
+        huge = zipfile.ZipInfo("huge.jpg")
+        huge.extra = struct.pack("<HHQ", 1, 8, 2**64 - 1)
+        packed.writestr(huge, jpeg())
+        packed.writestr("rest.bin", random.Random(0).randbytes(3_000_000))
         packed.writestr("good.jpg", jpeg())
-    raw = (data / "images.zip").read_bytes()
-    table = raw.rindex(b"liar.jpg") - 46
-    raw = raw[: table + 24] + (2000).to_bytes(4, "little") + raw[table + 28 :]
+    raw = bytearray((data / "images.zip").read_bytes())
+    for name, field, value in (
+        ("liar.jpg", 24, 2000),  # 20: bytes packed, 24: bytes unpacked, 42: where it lies
+        ("stored.jpg", 20, 2_000_000_000),
+        ("wide.jpg", 20, 2_000_000),
+        ("end.jpg", 42, len(raw) - 10),
+        ("after.jpg", 42, len(raw) + 1),
+        ("far.jpg", 42, 2**32 - 2),
+        ("huge.jpg", 24, 2**32 - 1),  # the extra field has it
+    ):
+        table = raw.rindex(name.encode()) - 46
+        raw[table + field : table + field + 4] = value.to_bytes(4, "little")
     (data / "images.zip").write_bytes(raw)
-    names = ["soft", "hard", "pipe", "large", "link", "bomb", "lzma", "liar", "good"]
+    names = ["soft", "hard", "pipe", "large", "link", "bomb", "lzma", "liar"]
+    names += ["stored", "wide", "end", "after", "far", "huge", "good"]
     settings = llava(
         data, [f"{name}.jpg" for name in names], max_image_bytes=200_000, roots=(f"{data}/in.tar",)
     )
     assert list(told(settings).values()) == [
-        "link", "link", "link", "too-many-bytes", "link", "too-many-bytes", "archive-member", "broken", "",
+        "link", "link", "link", "too-many-bytes", "link", "too-many-bytes", "archive-member",
+        *["broken"] * 6, "too-many-bytes", "",
     ]  # fmt: skip
+
+
+def test_a_zip_that_begins_later_than_it_says_has_members_before_its_beginning(tmp_path: Path) -> None:
+    settings = llava(tmp_path, ["a.jpg", "b.jpg"])
+    in_zip(tmp_path, "images", {"a.jpg": jpeg(), "b.jpg": jpeg(colour=1)})
+    raw = bytearray((tmp_path / "images.zip").read_bytes())
+    end = raw.rindex(b"PK\5\6")
+    start = int.from_bytes(raw[end + 16 : end + 20], "little") + 10
+    raw[end + 16 : end + 20] = start.to_bytes(4, "little")
+    (tmp_path / "images.zip").write_bytes(raw)
+    assert list(told(settings).values()) == ["broken", "broken"]
+
+
+@pytest.mark.parametrize("size", [-2048, 2**70])
+def test_a_tar_with_an_impossible_size_is_refused_before_work(tmp_path: Path, size: int) -> None:
+    settings = llava(tmp_path, ["a.jpg"])
+    in_tar(tmp_path, "images", {"a.jpg": jpeg(), "b.jpg": jpeg()})
+    raw = bytearray((tmp_path / "images.tar").read_bytes())
+    second = raw.rindex(b"b.jpg")
+    raw[second + 124 : second + 136] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)
+    raw[second + 148 : second + 156] = b" " * 8
+    raw[second + 148 : second + 156] = b"%06o\0 " % sum(raw[second : second + 512])
+    (tmp_path / "images.tar").write_bytes(raw)
+    with pytest.raises(RefusedInput, match=r"images\.tar: no tar archive that can be read in place"):
+        found(settings)
+
+
+def test_a_photo_that_cannot_be_read_is_one_refused_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_folder(tmp_path, "images", photos(2) | {"closed.jpg": jpeg()})
+    settings = llava(tmp_path, ["000.jpg", "loop.jpg", "closed.jpg", "001.jpg"])
+    settings = settings.model_copy(update={"images": "images"})
+    listing = SOURCES["llava"].listing(settings)
+    (tmp_path / "images" / "loop.jpg").symlink_to("loop.jpg")
+    fetch = FolderStore.fetch
+
+    def closed(store: FolderStore, key: str) -> Any:
+        if key.endswith("closed.jpg"):
+            raise PermissionError(errno.EACCES, "Permission denied", key)
+        return fetch(store, key)
+
+    monkeypatch.setattr(FolderStore, "fetch", closed)  # root may read everything
+    outcomes_ = list(outcomes(settings, listing.place, listing.items, open_store("/nowhere")))
+    assert [getattr(one, "reason", "") for one in outcomes_] == ["", "unreadable", "unreadable", ""]
+    assert len(list(SOURCES["llava"].made_of(settings, listing.place, listing.items))) == 4
 
 
 @pytest.mark.parametrize("name", ["images.zip", "images.tar"])
