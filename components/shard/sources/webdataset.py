@@ -3,9 +3,10 @@
 A sample is a run of neighbouring members whose names are alike up to the first dot: a picture (`.jpg`, `.png`,
 `.webp`, `.gif`, `.bmp`), its caption in `.txt`, or in `.json` under "caption". Other members are passed over.
 
-A tar is read from front to back in one task and becomes one shard, whatever `shard.rows_per_shard` says, since it has
-no table of contents. One that is damaged gives what stands before the damage, and one refused sample that says how
-much was not read. Where no tar lies in the folder, Parquet files with a column `jpg`, `png` or `webp` are read.
+A tar is read from front to back in one task and never cut, whatever `shard.rows_per_shard` says, since it has no table
+of contents; small ones share a shard, by a guess of how many samples each holds. One that is damaged gives what stands
+before the damage, and one refused sample that says how much was not read. Where no tar lies in the folder, Parquet
+files with a column `jpg`, `png` or `webp` are read.
 """
 
 from __future__ import annotations

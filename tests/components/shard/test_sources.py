@@ -628,6 +628,15 @@ def test_a_damaged_tar_gives_what_stands_before_the_damage_and_says_so(tmp_path:
         assert [one.row["id"] for one in good] == [f"{number:05d}" for number in range(10)]
 
 
+def test_small_tars_share_a_shard_and_a_large_one_is_never_cut(tmp_path: Path) -> None:
+    for name, samples in (("a", 2), ("b", 2), ("c", 9), ("d", 2)):
+        in_tar(tmp_path, name, wds(samples))
+    listing = SOURCES["webdataset"].listing(ShardSettings(source="webdataset", path=str(tmp_path)))
+    shards = ["".join(file.key[0] for file in items) for items, _ in listing.shards(8)]
+    assert "".join(shards) == "abcd"
+    assert {"ab", "c"} <= set(shards)
+
+
 def test_a_tar_becomes_a_shard_and_the_share_of_refused_samples_is_judged_at_the_end(
     run_in: Any, s3_root: str, tmp_path: Path
 ) -> None:
