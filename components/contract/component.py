@@ -123,6 +123,9 @@ class Component(ABC):
     def run(self, job: Job) -> None:
         """Make the artifact's files in `job.folder`, going on from what an earlier try left there."""
 
+    def check_found(self, settings: Any, artifact: Artifact) -> None:  # noqa: B027 - optional by design
+        """Raise RefusedInput where the run half of the settings does not allow this finished artifact."""
+
     def still_stands(self, artifact: Artifact, workspace: Workspace) -> bool:
         """Whether a finished artifact still counts; one that needs an entry elsewhere looks for it."""
         return True

@@ -80,6 +80,7 @@ def run_component(
             if artifact is None:
                 artifact = _make(plan, lease)
     if reused:
+        component.check_found(settings, artifact)
         plan.link(artifact)
     return Outcome(artifact, reused, time.monotonic() - started)
 

@@ -19,7 +19,7 @@ from llava.data.schema import images_of
 from llava.errors import RefusedInput
 
 _PARTITION = {
-    "scenes", "rows_per_shard", "max_bad", "captions", "instances", "conversations", "images", "files"
+    "scenes", "rows_per_shard", "captions", "instances", "conversations", "images", "files"
 }  # fmt: skip
 """What says which samples there are and where they are cut, and does not change the bytes of a given run of them."""
 
@@ -38,6 +38,19 @@ class Shard(Component):
     def external(self, settings: ShardSettings) -> dict[str, str]:
         """The fingerprint of the data folder."""
         return SOURCES[settings.source].external(settings)
+
+    def check_found(self, settings: ShardSettings, artifact: Artifact) -> None:
+        """Refuse a dataset that was made under a larger `max_bad` and needed it."""
+        notes = artifact.manifest.notes
+        reasons = {reason: one["count"] for reason, one in notes["refused"].items()}
+        bad = sum(reasons.values())
+        samples = bad + sum(notes["rows"].values())
+        if bad > settings.max_bad * samples:
+            told = ", ".join(f"{count:,} x {reason}" for reason, count in reasons.items())
+            raise RefusedInput(
+                f"{artifact.uri}: finished with {bad:,} of {samples:,} samples refused, limit "
+                f"shard.max_bad={settings.max_bad:g}: {told}. Mend the source, or raise shard.max_bad"
+            )
 
     def run(self, job: Job) -> None:
         """List, cut into shards of `rows_per_shard`, run the tasks, report."""

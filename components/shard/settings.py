@@ -124,7 +124,12 @@ class ShardSettings(Settings):
         False, description="cc3m: also fetch from loopback, private and link-local addresses"
     )
     download: DownloadSettings = Field(DownloadSettings(), description="cc3m: how pictures are fetched")
-    max_bad: float = Field(0.05, ge=0, le=1, description="Share of refused samples over which the run fails")
+    max_bad: float = run_field(
+        0.05,
+        ge=0,
+        le=1,
+        description="Share of refused samples over which the run fails, and a finished dataset is not taken",
+    )
     quality: bool = run_field(
         True,
         description="Whether the finished shards are read once more for the report: sizes, text lengths, duplicates",

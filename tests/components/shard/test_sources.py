@@ -29,7 +29,7 @@ from components.shard.sources import SOURCES, base, json_stream, outcomes, piece
 from components.shard.sources.base import RefusedSample
 from components.shard.sources.json_stream import JsonStream, parse
 from llava.data.images import decode
-from llava.errors import RefusedInput
+from llava.errors import LlavaError, RefusedInput
 
 Files = dict[str, bytes]
 
@@ -652,8 +652,10 @@ def test_a_tar_becomes_a_shard_and_the_share_of_refused_samples_is_judged_at_the
         [f"{number:05d}" for number in range(6)], [f"{number:05d}" for number in range(6, 9)]
     ]  # fmt: skip
     assert artifact.manifest.notes["refused"] == {"image-missing": {"count": 1, "ids": ["x"]}}
-    with pytest.raises(Exception, match=r"1 of 10 samples refused, limit shard\.max_bad=0\.09"):
-        run_in(Shard(), settings.model_copy(update={"max_bad": 0.09}))
+    with pytest.raises(
+        LlavaError, match=r"1 of 10 samples refused, limit shard\.max_bad=0\.09: 1 x image-missing \("
+    ):
+        run_in(Shard(), settings.model_copy(update={"max_bad": 0.09}), root=tmp_path / "stricter")
 
 
 def test_img2datasets_parquet_is_read_where_no_tar_lies(tmp_path: Path) -> None:
