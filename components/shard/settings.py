@@ -12,6 +12,9 @@ from llava.data.images import Limits
 from llava.data.schema import GroupSize
 from llava.errors import RefusedInput
 
+_READ = Limits()
+"""What whoever reads a dataset decodes."""
+
 _ONLY_FOR = {
     "roots": ("coco", "llava"),
     "files": ("webdataset", "parquet"),
@@ -107,8 +110,18 @@ class ShardSettings(Settings):
     rows_per_group: int = Field(256, ge=1, description="Rows of a Parquet row group at most")
     group_bytes: int = Field(2**27, ge=1, description="Image bytes of a Parquet row group at most")
     min_pixels: int = Field(256, ge=1, description="Photos with fewer pixels (width x height) are refused")
-    max_pixels: int = Field(64_000_000, ge=1, description="Photos with more pixels are refused, unread")
-    max_image_bytes: int = Field(2**26, ge=1, description="Photos whose file has more bytes are refused")
+    max_pixels: int = Field(
+        _READ.max_pixels,
+        ge=1,
+        le=_READ.max_pixels,
+        description="Photos with more pixels are refused, unread; no more than training reads",
+    )
+    max_image_bytes: int = Field(
+        _READ.max_bytes,
+        ge=1,
+        le=_READ.max_bytes,
+        description="Photos whose file has more bytes are refused; no more than training reads",
+    )
     max_text: int = Field(
         32_768,
         ge=1,

@@ -331,6 +331,8 @@ def _splits(settings: ShardSettings) -> dict[str, str]:
         ({"source": "flickr"}, "'shapes', 'coco', 'llava', "),
         ({"source": "coco", "path": "x", "captions": "../c.json"}, "must be a relative path inside path"),
         ({"min_pixels": 10, "max_pixels": 5}, "nothing fits"),
+        ({"max_pixels": 64_000_001}, "max_pixels\n  Input should be less than or equal to 64000000"),
+        ({"max_image_bytes": 2**26 + 1}, "max_image_bytes\n  Input should be less than or equal to 67108864"),
     ],
 )
 def test_impossible_settings_are_refused_with_the_key(settings: dict[str, Any], told: str) -> None:
