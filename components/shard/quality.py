@@ -162,7 +162,8 @@ def page(result: ShardResult, rows: Sequence[Row], quality: Quality | None) -> b
     if quality is not None:
         parts += _second_look(quality)
     pictures = [
-        (_preview(cells[0]["bytes"]) if (cells := images_of(row)) else None, _said(row)) for row in rows
+        (preview(cells[0]["bytes"], PREVIEW) if (cells := images_of(row)) else None, _said(row))
+        for row in rows
     ]
     parts.append(html_page.section("Samples", html_page.sheet(pictures)))
     figures = result.figures()
@@ -208,9 +209,10 @@ def _second_look(quality: Quality) -> list[Html]:
     return parts
 
 
-def _preview(data: bytes) -> Image.Image:
+def preview(data: bytes, longest: int) -> Image.Image:
+    """The picture with at most `longest` px on its longer side."""
     size = read_size(data)
-    scale = min(1.0, PREVIEW / max(size.width, size.height))
+    scale = min(1.0, longest / max(size.width, size.height))
     return thumbnail(data, max(1, round(size.width * scale)), max(1, round(size.height * scale)))
 
 

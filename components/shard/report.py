@@ -10,13 +10,13 @@ from matplotlib.figure import Figure
 from components import html_page
 from components.contract.component import Job
 from components.dataset_pictures import literal, sample_rows
-from components.shard.quality import examine, note_quality, page
+from components.shard.quality import examine, note_quality, page, preview
 from components.shard_results import ShardResult
-from llava.data.images import decode
 from llava.data.schema import SPLITS, Row
 
 PAGE, SHEET = "report/quality.html", "report/samples.png"
 SHEET_COLUMNS, SHEET_ROWS = 6, 4
+SHEET_PREVIEW = 240  # px of the longer side: a little more than is printed
 CATEGORIES_IN_NOTES = 20
 
 
@@ -68,7 +68,7 @@ def contact_sheet(rows: list[Row]) -> Figure:
         axis.axis("off")
     for axis, row in zip(axes.flat, rows, strict=False):
         if image := row["image"]:
-            axis.imshow(decode(image["bytes"]))
+            axis.imshow(preview(image["bytes"], SHEET_PREVIEW))
         said = row["captions"] or [turn["value"] for turn in row["conversations"] or []] or [""]
         axis.set_title(literal("\n".join(textwrap.wrap(said[0], 34)[:3])), fontsize=8)
     return figure

@@ -18,6 +18,7 @@ from PIL import Image
 from components.contract.manifest import Artifact
 from components.shard import Shard, ShardSettings
 from components.shard.fingerprints import BITS_APART, COLOURS_APART, NEIGHBOURS, fingerprint, groups, near
+from components.shard.report import contact_sheet
 from llava.data.images import Limits
 from tests.pages import ALLOWED, HOSTILE, Seen
 from workflows.show import show
@@ -188,6 +189,16 @@ def test_text_and_ids_of_the_data_stay_text_in_the_page(run_in: Any, tmp_path: P
     assert all((one.get("src") or "data:image/").startswith("data:image/") for _, one in seen.elements)
     assert seen.text.count("bad <script>alert(1)</script>") == 1
     assert "twice <script>alert(1)</script>" in seen.text and "unknown-format" in seen.text
+
+
+def test_the_contact_sheet_holds_large_pictures_in_the_size_that_it_shows() -> None:
+    cells = []
+    for size in ((3000, 1500), (60, 30)):
+        Image.new("RGB", size, (10, 120, 200)).save(buffer := io.BytesIO(), format="JPEG")
+        cells.append({"bytes": buffer.getvalue(), "path": None})
+    rows = [{"image": cell, "captions": ["a cat"], "conversations": None} for cell in cells]
+    shown = [axis.images[0].get_array().shape for axis in contact_sheet(rows).axes if axis.images]
+    assert shown == [(120, 240, 3), (30, 60, 3)]
 
 
 def test_the_page_and_the_contact_sheet_are_in_mlflow_and_show_saves_them(
