@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import threading
 import time
@@ -136,9 +137,38 @@ class S3Store(Store):
             self._client.copy(source._at(key), **self._at(to), Config=_transfer())
 
     def chunks(self, key: str, size: int = 8 << 20) -> Iterator[bytes]:
-        """The object's bytes as they arrive."""
+        """The object's bytes as they arrive; a stream that breaks goes on where it ended, in the same object."""
+        from botocore.exceptions import IncompleteReadError, ReadTimeoutError, ResponseStreamingError
+
         with self._errors(key):
-            yield from self._client.get_object(**self._at(key))["Body"].iter_chunks(size)
+            answer = self._client.get_object(**self._at(key))
+            version, length = answer["ETag"], answer["ContentLength"]
+            got = broken = 0
+            while got < length:
+                try:
+                    for chunk in answer["Body"].iter_chunks(size):
+                        got, broken = got + len(chunk), 0
+                        yield chunk
+                except (IncompleteReadError, ReadTimeoutError, ResponseStreamingError):
+                    broken += 1
+                    if broken >= _tries():
+                        raise
+                    time.sleep(min(60.0, random.random() * 2 ** (broken - 1)))
+                    answer = self._rest(key, got, length, version)
+
+    def _rest(self, key: str, start: int, length: int, version: str) -> Any:
+        """The answer with the bytes from `start` on; StoreError if the object is no longer the one it was."""
+        from botocore.exceptions import ClientError
+
+        try:
+            answer = self._client.get_object(**self._at(key), Range=f"bytes={start}-", IfMatch=version)
+        except ClientError as error:
+            if status(error) not in {412, 416}:
+                raise
+        else:
+            if (answer["ETag"], answer["ContentLength"]) == (version, length - start):
+                return answer
+        raise StoreError(f"{self.uri}/{key}: changed while it was read, {start:,} bytes in: run again")
 
     def sub(self, prefix: str) -> S3Store:
         """The store for `prefix` under this one."""
