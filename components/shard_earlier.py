@@ -4,6 +4,9 @@
 and counted, and `made_of`, a digest of everything that its bytes come from. A line that a new shard would write again
 is copied with its files. What a data set holds never depends on this: a shard that was copied is the one that would
 have been made.
+
+An artifact that is not finished, stopped or still in the making, has a record of the same content for each finished
+shard, written after the shard's files.
 """
 
 from __future__ import annotations
@@ -20,12 +23,14 @@ from components.contract.store import Folder, open_store
 from components.shard_results import ShardResult
 
 SHARDS_FILE = "shards.jsonl"
+RECORDS = "checkpoints/shards"
 
 
 class _Line(NamedTuple):
-    """Where a shard's line stands: the artifact, the first byte and the number of bytes."""
+    """Where a shard's line stands: the artifact, the file in it, the first byte and the number of bytes."""
 
     artifact: str
+    key: str
     start: int
     size: int
 
@@ -38,19 +43,22 @@ class EarlierShards:
 
     @classmethod
     def of(cls, job: Job) -> EarlierShards | None:
-        """Those of all finished artifacts that the job's component has in its root; None where there are none."""
+        """Those of all other artifacts that the job's component has in its root; None where there are none."""
         store = job.workspace.store.sub(job.prefix)
         keys = {entry.key for entry in store.list()}
         lines: dict[str, _Line] = {}
+        finished: dict[str, _Line] = {}
         for key in sorted(keys):
             address, _, name = key.partition("/")
-            if name != SHARDS_FILE or f"{address}/{MANIFEST}" not in keys:
+            folder = store.sub(address)
+            if folder.uri == job.folder.uri:
                 continue
-            folder, start = store.sub(address), 0
-            with suppress(FileNotFoundError, ValueError, KeyError):  # pruned meanwhile, or damaged: made anew
-                for line in folder.read(SHARDS_FILE).splitlines(keepends=True):
-                    lines[json.loads(line)["made_of"]] = _Line(folder.uri, start, len(line))
-                    start += len(line)
+            if f"{address}/{MANIFEST}" not in keys:
+                if name.startswith(f"{RECORDS}/"):
+                    lines |= _lines(folder, name)
+            elif name == SHARDS_FILE:
+                finished |= _lines(folder, name)
+        lines |= finished
         return cls(lines) if lines else None
 
     def copied(self, made_of: str, folder: Folder, name: Callable[[str], str]) -> ShardResult | None:
@@ -64,7 +72,7 @@ class EarlierShards:
         origin = open_store(found.artifact)
         try:
             system, base = origin.arrow()
-            with system.open_input_file(f"{base}/{SHARDS_FILE}") as lines:
+            with system.open_input_file(f"{base}/{found.key}") as lines:
                 result = ShardResult.from_json(lines.read_at(found.size, found.start))
             for file in result.files:
                 source, file["path"] = file["path"], name(file["split"])
@@ -77,6 +85,18 @@ class EarlierShards:
         except (FileNotFoundError, ValueError, TypeError):
             return None
         return replace(result, reused=1)
+
+
+def _lines(folder: Folder, key: str) -> dict[str, _Line]:
+    """The lines of a file, by `made_of`."""
+    lines: dict[str, _Line] = {}
+    start = 0
+    with suppress(FileNotFoundError, ValueError, KeyError):  # pruned meanwhile, or damaged: made anew
+        for line in folder.read(key).splitlines(keepends=True):
+            if made_of := json.loads(line)["made_of"]:
+                lines[made_of] = _Line(folder.uri, key, start, len(line))
+            start += len(line)
+    return lines
 
 
 def write_shards_file(folder: Folder, results: Sequence[ShardResult]) -> None:

@@ -24,12 +24,11 @@ import ray
 
 from components.contract.component import Job
 from components.contract.store import Folder, open_store
-from components.shard_earlier import EarlierShards, write_shards_file
+from components.shard_earlier import RECORDS, EarlierShards, write_shards_file
 from components.shard_results import Refusals, ShardResult, Span
 from components.spread import PLACED, SAY_EVERY_SECONDS, in_flight, result_of
 from llava.data.schema import SPLITS, DatasetWriter, GroupSize, Row
 
-RECORDS = "checkpoints/shards"
 KEPT = "checkpoints/kept"
 
 

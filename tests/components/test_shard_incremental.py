@@ -14,9 +14,11 @@ import pytest
 from PIL import Image
 
 from components.contract.manifest import Artifact
+from components.contract.store import open_store
 from components.shard import Shard, ShardSettings
 from components.shard.sources import SOURCES
 from components.shard.sources.base import Listing, mark
+from llava.errors import LlavaError
 
 
 def cut(names: Sequence[str], rows: int) -> list[tuple[str, ...]]:
@@ -106,6 +108,27 @@ def test_a_photo_that_changed_is_read_again_and_a_damaged_copy_is_never_taken(
     fresh = run_in(Shard(), spelled, root=tmp_path / "fresh").artifact
     assert third.manifest.notes["shards"]["made"] <= 1
     assert contents(third) == contents(fresh)
+
+
+def test_a_run_that_stopped_before_its_source_grew_leaves_its_finished_shards_to_the_next(
+    run_in: Any, root: str, tmp_path: Path
+) -> None:
+    settings = coco(tmp_path / "data", 300).model_copy(update={"workers": 1, "max_bad": 0.0})
+    (tmp_path / "data" / "images" / f"{200 * 7919 % 10007:05d}.jpg").write_bytes(b"no picture")
+    with pytest.raises(LlavaError, match="1 of 300 samples refused"):
+        run_in(Shard(), settings, root=root)
+    store = open_store(root).sub("shard")
+    records = [entry.key for entry in store.list() if "/checkpoints/shards/" in entry.key]
+    file = f"{records[0].partition('/')[0]}/{json.loads(store.read(records[0]))['files'][0]['path']}"
+    store.write(file, store.read(file)[:-1])
+    before = {entry.key: entry.version for entry in store.list()}
+    settings = coco(tmp_path / "data", 330).model_copy(update={"max_bad": 0.01})
+    grown = run_in(Shard(), settings, root=root).artifact
+    assert grown.manifest.notes["shards"]["copied"] == len(records) - 1 >= 5
+    after = {entry.key: entry.version for entry in store.list() if entry.key in before}
+    assert after == before, "the stopped run's own files stay as they are"
+    fresh = run_in(Shard(), settings, root=tmp_path / "elsewhere").artifact
+    assert contents(grown) == contents(fresh)
 
 
 def test_another_recipe_for_rows_takes_no_old_shard(run_in: Any, tmp_path: Path) -> None:
