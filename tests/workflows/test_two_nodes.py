@@ -1,6 +1,8 @@
 """A Ray cluster of two nodes, one of which dies while stage 2 trains: the run goes on with the other one."""
 
+import re
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,9 +27,9 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
         made.shutdown()
 
 
-def start(root: Path, cluster: Cluster, log: Path) -> "subprocess.Popen[bytes]":
+def start(root: Path, cluster: Cluster, log: Path, *more: str) -> "subprocess.Popen[bytes]":
     """`llava finetune` on the cluster: two workers, or as many as there is room for."""
-    sets = ["--set", "finetune.min_workers=1", "--set", "pretrain.workers=1"]
+    sets = ["--set", "finetune.min_workers=1", "--set", "pretrain.workers=1", *more]
     env = environment(
         RAY_ADDRESS=cluster.address, RAY_AUTH_MODE="disabled", RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2"
     )
@@ -36,6 +38,15 @@ def start(root: Path, cluster: Cluster, log: Path) -> "subprocess.Popen[bytes]":
             [*LLAVA, *arguments({"pretrain": 2, "finetune": 2}), *sets, "--root", str(root)],
             cwd=root.parent, env=env, stdout=output, stderr=output, stdin=subprocess.DEVNULL,
         )  # fmt: skip
+
+
+def first_checkpoint(root: Path, run: "subprocess.Popen[bytes]", log: Path) -> None:
+    """Until stage 2 has committed one."""
+    deadline = time.monotonic() + WAIT
+    while not list(root.glob("finetune/*/checkpoints/*/COMMITTED")):
+        assert run.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
 
 
 def curve(root: Path) -> list[tuple[list[str], float]]:
@@ -55,11 +66,7 @@ def test_a_lost_node_costs_no_sample_and_the_run_ends_with_the_same_curve(
     other = cluster.add_node(num_cpus=1, object_store_memory=150 * 2**20)
     lost = start(tmp_path / "lost", cluster, log)
     try:
-        deadline = time.monotonic() + WAIT
-        while not list((tmp_path / "lost").glob("finetune/*/checkpoints/*/COMMITTED")):
-            assert lost.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.1)
+        first_checkpoint(tmp_path / "lost", lost, log)
         cluster.remove_node(other, allow_graceful=False)
         assert lost.wait(WAIT) == 0, log.read_text()
     finally:
@@ -74,3 +81,34 @@ def test_a_lost_node_costs_no_sample_and_the_run_ends_with_the_same_curve(
     ours, theirs = curve(tmp_path / "lost"), curve(tmp_path / "undisturbed")
     assert [sorted(ids) for ids, _ in ours] == [sorted(ids) for ids, _ in theirs]
     assert [loss for _, loss in ours] == pytest.approx([loss for _, loss in theirs], abs=1e-4)
+
+
+@pytest.mark.drill
+def test_the_notice_that_a_node_will_be_taken_away_saves_and_ends_with_status_4(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    other = cluster.add_node(num_cpus=1, object_store_memory=150 * 2**20)
+    # Long enough that the notice comes first, and with no checkpoint of its own after the first.
+    long = ["--set", "finetune.epochs=200", "--set", "finetune.checkpoint_every=20"]
+    warned = start(tmp_path / "warned", cluster, log, *long)
+    try:
+        first_checkpoint(tmp_path / "warned", warned, log)
+        drain = subprocess.run(
+            [
+                str(Path(sys.executable).parent / "ray"), "drain-node", "--address", cluster.address,
+                "--node-id", other.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION",
+                "--reason-message", "the drill", "--deadline-remaining-seconds", "300",
+            ],
+            env=environment(RAY_AUTH_MODE="disabled"), capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert drain.returncode == 0, drain.stdout + drain.stderr
+        assert warned.wait(WAIT) == 4, log.read_text()
+    finally:
+        warned.kill()
+    told = log.read_text()
+    assert f"nodes are being taken away: {other.node_id}" in told, told
+    saved = re.search(r"saved after step (\d+)", told)
+    assert saved, told
+    checkpoints = {path.parent.name for path in tmp_path.glob("warned/finetune/*/checkpoints/*/COMMITTED")}
+    assert any(int(saved[1]) == int(re.sub(r"\D", "", name)) for name in checkpoints), checkpoints

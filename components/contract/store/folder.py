@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -164,9 +165,14 @@ class FolderStore(Store):
                 key = path.relative_to(self._root).as_posix()
                 if name.startswith(SCRATCH) or not key.startswith(prefix):
                     continue
-                with contextlib.suppress(FileNotFoundError):  # deleted by another process meanwhile
+                try:
                     found = path.stat()
-                    yield Entry(key, found.st_size, _version(found))
+                except OSError as error:
+                    # Deleted by another process meanwhile, or a link that leads to itself.
+                    if error.errno in (errno.ENOENT, errno.ELOOP):
+                        continue
+                    raise
+                yield Entry(key, found.st_size, _version(found))
 
     @contextlib.contextmanager
     def _temporary(self, key: str, data: bytes | None) -> Iterator[Path]:

@@ -127,6 +127,13 @@ def test_delete_all_keeps_to_its_folder(root: str) -> None:
     assert list(store.list()) == []
 
 
+def test_a_link_that_leads_to_itself_is_not_listed_and_ends_nothing(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("x")
+    assert [entry.key for entry in open_store(tmp_path).list()] == ["file"]
+
+
 def test_listing_and_deleting_go_past_one_page_of_s3(s3_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(s3, "_AT_ONCE", 4)
     store = open_store(s3_root)
