@@ -36,6 +36,8 @@ class Finetune(Component):
     name: ClassVar[str] = "finetune"
     version: ClassVar[str] = "2"
     Settings = FinetuneSettings
+    parts: ClassVar[tuple[str, ...]] = ("projector", "language_model")
+    """What learns: keys of `llava.model.PARTS`."""
 
     def check(self, settings: FinetuneSettings, inputs: dict[str, Artifact]) -> None:
         """Refuse further datasets that cannot be read, and a held-out loss without held-out samples."""
@@ -46,4 +48,4 @@ class Finetune(Component):
         return data.external(self.name, settings.extra)
 
     def run(self, job: Job) -> None:
-        train_stage(job, parts=("projector", "language_model"), view="conversations")
+        train_stage(job, parts=self.parts, view="conversations")

@@ -38,6 +38,8 @@ class Pretrain(Component):
     name: ClassVar[str] = "pretrain"
     version: ClassVar[str] = "2"
     Settings = PretrainSettings
+    parts: ClassVar[tuple[str, ...]] = ("projector",)
+    """What learns: keys of `llava.model.PARTS`."""
 
     def check(self, settings: PretrainSettings, inputs: dict[str, Artifact]) -> None:
         """Refuse further datasets that cannot be read, and a held-out loss without held-out samples."""
@@ -48,4 +50,4 @@ class Pretrain(Component):
         return data.external(self.name, settings.extra)
 
     def run(self, job: Job) -> None:
-        train_stage(job, parts=("projector",), view="captions")
+        train_stage(job, parts=self.parts, view="captions")

@@ -5,11 +5,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 
+from components.finetune import Finetune
+from components.pretrain import Pretrain
 from components.training.auto import training_of
-from llava import sizes
+from llava import lora, sizes
+from llava import model as models
 from llava.errors import RefusedInput
 from llava.estimate import GIB
+from tests.llava.test_sizes import clip, vicuna
 from workflows import cli
 from workflows import config as configs
 from workflows.estimate import plan, sizes_of
@@ -119,6 +125,29 @@ def test_eight_cards_of_80_gb_train_every_preset_and_batches_come_out_even(name:
         assert third.memory.optimizer == 12 * each.learning / 8
     hours = {each.stage: each.hours for each in stages}
     assert 0 < hours["pretrain"] < 6 and 0 < hours["finetune"] < 24
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_every_preset_is_built_on_the_meta_device_and_its_stages_train_what_the_estimate_says(
+    name: str,
+) -> None:
+    config, shapes, stages = plan(name, [], gpus=8, gpu="a100-80g", mfu=0.4)
+    act = "linear" if config.backbones.projector == "linear" else "gelu"
+    stock = LlavaConfig(
+        vision_config=clip(shapes.vision), text_config=vicuna(shapes.language), projector_hidden_act=act
+    )
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(stock)
+    assert model.num_parameters() == shapes.parameters
+    parts = {"pretrain": list(Pretrain.parts), "finetune": list(Finetune.parts)}
+    for stage in stages:
+        models.set_trainable(model, parts[stage.stage])
+        settings = getattr(config, stage.stage)
+        if settings.lora:
+            with torch.device("meta"):
+                lora.inject(model, settings.adapters(), settings.seed)
+        learning = sum(one.numel() for one in model.parameters() if one.requires_grad)
+        assert learning == stage.learning
 
 
 @pytest.fixture
