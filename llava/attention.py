@@ -11,13 +11,13 @@ S segments.
 """
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, Literal
 
 import torch
 from torch.nn import functional
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 from llava.errors import RefusedInput
@@ -29,6 +29,7 @@ PACKING = {"auto": SEGMENTS, "varlen": f"{SEGMENTS}_varlen", "sdpa": f"{SEGMENTS
 """What a config may ask for -> the name under which transformers knows it."""
 
 _VARLEN_HEAD = 256
+_GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 @dataclass(frozen=True)
@@ -139,13 +140,10 @@ def varlen(
     scaling: float | None = None,
 ) -> torch.Tensor:
     """One flash-attention call for the row; CUDA, bf16 or fp16."""
-    # Takes torch's compiler along: seconds, of which a machine without CUDA has nothing.
-    from torch.nn.attention.varlen import varlen_attn
-
     row_query, row_key, row_value = (part[0].transpose(0, 1) for part in (query, key, value))
     options: dict[str, Any] = {"scale": scaling, "window_size": (-1, 0)}
     if (groups := query.shape[1] // key.shape[1]) > 1:
-        if _takes_groups(varlen_attn):
+        if _GROUPED:
             options["enable_gqa"] = True
         else:
             row_key, row_value = (part.repeat_interleave(groups, dim=1) for part in (row_key, row_value))
@@ -154,11 +152,6 @@ def varlen(
     return varlen_attn(row_query, row_key, row_value, bounds, bounds, longest, longest, **options).unsqueeze(
         0
     )
-
-
-@lru_cache
-def _takes_groups(function: Callable[..., Any]) -> bool:
-    return "enable_gqa" in inspect.signature(function).parameters
 
 
 AttentionInterface.register(SEGMENTS, segment_attention)
