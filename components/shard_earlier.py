@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -24,6 +25,7 @@ from components.shard_results import ShardResult
 
 SHARDS_FILE = "shards.jsonl"
 RECORDS = "checkpoints/shards"
+_READS = 16  # records that are read at once: an unfinished artifact has one for each shard
 
 
 class _Line(NamedTuple):
@@ -46,19 +48,21 @@ class EarlierShards:
         """Those of all other artifacts that the job's component has in its root; None where there are none."""
         store = job.workspace.store.sub(job.prefix)
         keys = {entry.key for entry in store.list()}
-        lines: dict[str, _Line] = {}
-        finished: dict[str, _Line] = {}
-        for key in sorted(keys):
+        wanted: list[tuple[bool, str, str]] = []
+        for key in keys:
             address, _, name = key.partition("/")
-            folder = store.sub(address)
-            if folder.uri == job.folder.uri:
-                continue
-            if f"{address}/{MANIFEST}" not in keys:
-                if name.startswith(f"{RECORDS}/"):
-                    lines |= _lines(folder, name)
-            elif name == SHARDS_FILE:
-                finished |= _lines(folder, name)
-        lines |= finished
+            finished = f"{address}/{MANIFEST}" in keys
+            if name == SHARDS_FILE if finished else name.startswith(f"{RECORDS}/"):
+                wanted.append((finished, address, name))
+        folders = {address: store.sub(address) for _, address, _ in wanted}
+        # The finished ones last: they win.
+        others = [
+            (folders[one], name) for _, one, name in sorted(wanted) if folders[one].uri != job.folder.uri
+        ]
+        lines: dict[str, _Line] = {}
+        with ThreadPoolExecutor(_READS) as pool:
+            for found in pool.map(lambda place: _lines(*place), others):
+                lines |= found
         return cls(lines) if lines else None
 
     def copied(self, made_of: str, folder: Folder, name: Callable[[str], str]) -> ShardResult | None:
