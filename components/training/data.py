@@ -116,14 +116,14 @@ def measure(job: Job, view: str) -> Coverage:
     lengths = _Lengths(job, view)
     dataset = job.inputs["dataset"]
     indices, coverage, starts = [], Coverage(), 0
-    each: dict[str, Any] = {}
+    each: list[dict[str, Any]] = []
     for source in [source_of(dataset), *extra_sources(job.prefix, job.settings.extra)]:
         index, found = lengths.of(source)
         _enough(job, source, found)
         indices.append(replace(index, group=index.group + starts))
         starts += len(source.open(view).groups)
         coverage.add(found)
-        each[source.folder.uri] = found.as_json()
+        each.append({"dataset": source.folder.uri, **found.as_json()})
         if job.settings.extra:
             job.say(f"{source.folder.uri}: {_told(found)}")
     _keep(job, SampleIndex.joined(indices), INDEX)
