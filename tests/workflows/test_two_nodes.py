@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,16 @@ def start(root: Path, cluster: Cluster, log: Path, *more: str) -> "subprocess.Po
         )  # fmt: skip
 
 
+@contextmanager
+def running(root: Path, cluster: Cluster, log: Path, *more: str) -> Iterator["subprocess.Popen[bytes]"]:
+    """`start`, and nothing of it left at the end."""
+    run = start(root, cluster, log, *more)
+    try:
+        yield run
+    finally:
+        run.kill()
+
+
 def first_checkpoint(root: Path, run: "subprocess.Popen[bytes]", log: Path) -> None:
     """Until stage 2 has committed one."""
     deadline = time.monotonic() + WAIT
@@ -64,20 +75,14 @@ def test_a_lost_node_costs_no_sample_and_the_run_ends_with_the_same_curve(
 ) -> None:
     log = tmp_path / "log"
     other = cluster.add_node(num_cpus=1, object_store_memory=150 * 2**20)
-    lost = start(tmp_path / "lost", cluster, log)
-    try:
+    with running(tmp_path / "lost", cluster, log) as lost:
         first_checkpoint(tmp_path / "lost", lost, log)
         cluster.remove_node(other, allow_graceful=False)
         assert lost.wait(WAIT) == 0, log.read_text()
-    finally:
-        lost.kill()
     assert "resuming after step" in log.read_text()
     cluster.add_node(num_cpus=1, object_store_memory=150 * 2**20)
-    undisturbed = start(tmp_path / "undisturbed", cluster, log)
-    try:
+    with running(tmp_path / "undisturbed", cluster, log) as undisturbed:
         assert undisturbed.wait(WAIT) == 0, log.read_text()
-    finally:
-        undisturbed.kill()
     ours, theirs = curve(tmp_path / "lost"), curve(tmp_path / "undisturbed")
     assert [sorted(ids) for ids, _ in ours] == [sorted(ids) for ids, _ in theirs]
     assert [loss for _, loss in ours] == pytest.approx([loss for _, loss in theirs], abs=1e-4)
@@ -89,10 +94,9 @@ def test_the_notice_that_a_node_will_be_taken_away_saves_and_ends_with_status_4(
 ) -> None:
     log = tmp_path / "log"
     other = cluster.add_node(num_cpus=1, object_store_memory=150 * 2**20)
-    # Long enough that the notice comes first, and with no checkpoint of its own after the first.
+    # Long enough that the notice comes before the end.
     long = ["--set", "finetune.epochs=200", "--set", "finetune.checkpoint_every=20"]
-    warned = start(tmp_path / "warned", cluster, log, *long)
-    try:
+    with running(tmp_path / "warned", cluster, log, *long) as warned:
         first_checkpoint(tmp_path / "warned", warned, log)
         drain = subprocess.run(
             [
@@ -104,8 +108,6 @@ def test_the_notice_that_a_node_will_be_taken_away_saves_and_ends_with_status_4(
         )  # fmt: skip
         assert drain.returncode == 0, drain.stdout + drain.stderr
         assert warned.wait(WAIT) == 4, log.read_text()
-    finally:
-        warned.kill()
     told = log.read_text()
     assert f"nodes are being taken away: {other.node_id}" in told, told
     saved = re.search(r"saved after step (\d+)", told)
