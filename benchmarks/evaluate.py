@@ -30,13 +30,13 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from benchmarks.evaluation import shapes
-from components import cluster
 from components.backbones.given import start_from
 from components.contract import Artifact, open_store, run_component
 from components.evaluate import Evaluate, EvaluateSettings, ExamSettings, exams
 from components.evaluate.answering import RIGHT, Answerer, Ask, batches
 from components.evaluate.contamination import find_artifact
-from components.models import open_model
+from components.ray_cluster import connection
+from components.registry import open_model
 from workflows.train import open_workspace
 
 TARGET = 3.0
@@ -119,7 +119,7 @@ def right_against_blank(model: Artifact, entries: list[dict[str, Any]], workspac
     questions = find_artifact(model.manifest.inputs["dataset"], [open_store(model.uri.rsplit("/", 2)[0])])
     if questions is None:
         sys.exit(f"{model.uri}: its dataset is gone; give a finetune artifact in its root")
-    with cluster.disconnecting():
+    with connection.disconnecting():
         settings = EvaluateSettings(benchmarks=tuple(ExamSettings(**entry) for entry in entries), workers=2)
         inputs = {"model": model, "questions": questions}
         artifact = run_component(Evaluate(), settings, inputs, workspace).artifact

@@ -61,7 +61,7 @@ A_CORE, WAITING, READ_TWICE = 500.0, 0.02, 1.5
 
 
 def ours(place: str, count: int) -> Iterator[np.ndarray]:
-    """`ParquetRows` in the order of a `Plan`, a few row groups ahead."""
+    """`ParquetRows` in the order of a `BatchPlan`, a few row groups ahead."""
     from components.contract import open_store
     from llava.data.images import decode
     from llava.data.order import epoch_order
@@ -268,7 +268,7 @@ def row_groups(server: S3, folder: Path, photos: Path, count: int) -> list[dict[
 
 def ranks_read(ranks: int = 8) -> dict[str, float]:
     """Row groups that `ranks` ranks read in an epoch over those there are: 128 row groups of 256 rows."""
-    from llava.data.plan import Plan, SampleIndex
+    from llava.data.plan import BatchPlan, SampleIndex
 
     groups, rows = 128, 256
     random = np.random.default_rng(0)
@@ -278,7 +278,7 @@ def ranks_read(ranks: int = 8) -> dict[str, float]:
     index = SampleIndex(numbers // rows, numbers % rows, 0 * ones, tokens, tokens - 576, ones)
     found = {}
     for batch in (32, 64, 128, 256):
-        plan = Plan(index, seed=0, epochs=1, global_batch=batch)
+        plan = BatchPlan(index, seed=0, epochs=1, global_batch=batch)
         read: set[tuple[int, int]] = set()
         for step in range(plan.steps):
             chosen = plan.samples(step)

@@ -56,7 +56,7 @@ Listed = list[tuple[str, Path, list[str]]]
 
 def ours_checked(photos: Path, out: Path, listed: Listed) -> None:
     """Every task of `llava shard`, with Ray's hand-over left out."""
-    from components import shard_tasks
+    from components.datasets import tasks
     from components.shard import ShardSettings, component
     from components.shard.sources import SOURCES
 
@@ -64,10 +64,10 @@ def ours_checked(photos: Path, out: Path, listed: Listed) -> None:
     listing = SOURCES["coco"].listing(settings)
     for part, (items, samples) in enumerate(listing.shards(PER_SHARD)):
         arguments = (settings, listing.place, items)
-        task = shard_tasks.ShardTask(
+        task = tasks.ShardTask(
             f"part-{part:05d}", part, samples, component._write_shard, arguments, component._made_of
         )
-        shard_tasks._run_here(str(out), task, settings.group)
+        tasks._run_here(str(out), task, settings.group)
 
 
 def ours_as_it_comes(photos: Path, out: Path, listed: Listed) -> None:

@@ -10,8 +10,8 @@ from pydantic import Field
 from components.contract import Artifact, Component, Job
 from components.contract.component import run_field
 from components.training import data
-from components.training.fit import train_stage
 from components.training.settings import TrainSettings
+from components.training.stage import train_stage
 
 
 class FinetuneSettings(TrainSettings):

@@ -9,8 +9,8 @@ from pydantic import Field, model_validator
 
 from components.contract import Artifact, Component, Job
 from components.training import data
-from components.training.fit import train_stage
 from components.training.settings import TrainSettings
+from components.training.stage import train_stage
 
 
 class PretrainSettings(TrainSettings):

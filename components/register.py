@@ -23,13 +23,13 @@ from components.contract import (
     read_artifact,
     sha256_of,
 )
-from components.evaluate.compare import Comparison, OtherQuestions
 from components.evaluate.gate import GateSettings, under_floors
 from components.evaluate.gate import decide as gate
 from components.evaluate.outcomes import comparable, outcomes
-from components.evaluate.page import escape, scores_table
-from components.evaluate.page import table as markdown
-from components.models import (
+from components.evaluate.paired import Comparison, OtherQuestions
+from components.pages.markdown import escape, scores_table
+from components.pages.markdown import table as markdown
+from components.registry import (
     BEFORE,
     CHALLENGER,
     CHAMPION,

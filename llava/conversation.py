@@ -1,7 +1,7 @@
 """Conversations to token ids and labels, piece by piece, so that the mask is known by construction.
 
 Markup comes from a template (llava/templates.py) and may hold special tokens; text that a user or a model
-wrote is encoded so that it can never become a turn, an end token or an image slot (llava/pieces.py). An
+wrote is encoded so that it can never become a turn, an end token or an image slot (llava/text_tokenizer.py). An
 image slot is one of the first `n` literal `<image>` of the human turns, where `n` is the number of images
 that the sample names.
 """
@@ -12,8 +12,8 @@ from functools import reduce
 from typing import Any
 
 from llava.errors import BadSample, RefusedInput
-from llava.pieces import IMAGE, Pieces, Place
 from llava.templates import SYSTEM, Template, split_lead, template
+from llava.text_tokenizer import IMAGE, Position, TextTokenizer
 
 IGNORE = -100
 
@@ -46,7 +46,7 @@ class Encoder:
         self.template = _with_tokens(row, tokenizer)
         self.image_tokens = image_tokens
         self.max_length = max_length
-        self.pieces = Pieces(tokenizer)
+        self.pieces = TextTokenizer(tokenizer)
         self.image_id = self.pieces.image_id
         self._slot = [self.image_id] * image_tokens
         self._check_markup()
@@ -54,13 +54,13 @@ class Encoder:
     @property
     def stop(self) -> str | None:
         """Text that ends an answer, where no special token does."""
-        last = self.pieces.markup(self.template.end, Place.INSIDE)[-1]
+        last = self.pieces.markup(self.template.end, Position.INSIDE)[-1]
         return None if last in self.pieces.special else self.template.end
 
     @property
     def stop_ids(self) -> list[int]:
         """Tokens that end an answer: the tokenizer's own end, and the one that this template writes."""
-        last = self.pieces.markup(self.template.end, Place.INSIDE)[-1]
+        last = self.pieces.markup(self.template.end, Position.INSIDE)[-1]
         ends = {self.tokenizer.eos_token_id, last if last in self.pieces.special else None}
         return sorted(end for end in ends if end is not None)
 
@@ -91,26 +91,26 @@ class Encoder:
         def markup(text: str) -> str:
             """Write it, but for the space that belongs to the text after it."""
             body, lead = split_lead(text)
-            put(pieces.markup(body, pieces.place(ids)))
+            put(pieces.markup(body, pieces.position(ids)))
             return lead
 
         opening, left = row.first, images
         for turn in turns:
             if turn["from"] == "system":
                 before, opening = self._around_system()
-                put(pieces.text(markup(before) + turn["value"], pieces.place(ids)))
+                put(pieces.text(markup(before) + turn["value"], pieces.position(ids)))
             elif turn["from"] == "human":
                 text, lead = turn["value"], markup(opening)
                 parts = _image_first(text, left).split(IMAGE, left)
                 for number, part in enumerate(parts):
                     put(self._slot if number else ())
                     if not row.caption_only:
-                        put(pieces.text((lead if number == 0 else "") + part, pieces.place(ids)))
+                        put(pieces.text((lead if number == 0 else "") + part, pieces.position(ids)))
                 left -= len(parts) - 1
                 lead, opening = markup(row.reply), row.later
             else:
-                put(pieces.text(lead + turn["value"], pieces.place(ids)), learned=True)
-                put(pieces.markup(row.end, pieces.place(ids)), learned=True)
+                put(pieces.text(lead + turn["value"], pieces.position(ids)), learned=True)
+                put(pieces.markup(row.end, pieces.position(ids)), learned=True)
         if left:
             raise BadSample(
                 "image slot missing", f"{images} images but {images - left} `{IMAGE}` in the human turns"
@@ -142,15 +142,18 @@ class Encoder:
         """Refuse a template that this tokenizer cannot write."""
         row, pieces, unknown = self.template, self.pieces, self.tokenizer.unk_token_id
         for token in row.tokens:
-            if len(pieces.markup(token, Place.BEGIN)) != 1 or token not in self.tokenizer.get_added_vocab():
+            if (
+                len(pieces.markup(token, Position.BEGIN)) != 1
+                or token not in self.tokenizer.get_added_vocab()
+            ):
                 raise RefusedInput(
                     self._lacks(f"{token} as one special token: add it, and train its embedding")
                 )
         for text in row.markup:
-            ids = pieces.markup(text, Place.INSIDE)
+            ids = pieces.markup(text, Position.INSIDE)
             if unknown in ids and self.tokenizer.unk_token not in text:
                 raise RefusedInput(self._lacks(f"tokens for {text!r}: parts of it are unknown"))
-        if not pieces.markup(row.end, Place.INSIDE):
+        if not pieces.markup(row.end, Position.INSIDE):
             raise RefusedInput(self._lacks(f"a token for the end of an answer, {row.end!r}"))
 
     def _lacks(self, what: str) -> str:

@@ -25,7 +25,7 @@ from transformers import (
 
 from llava.attention import packing_attention
 from llava.conversation import IMAGE, Encoder
-from llava.data.collate import Row
+from llava.data.collate import PackedRow
 from llava.errors import RefusedInput
 from llava.pixels import Fit, Pixels, fitted
 from llava.templates import chat_template, check_name, is_chat
@@ -300,7 +300,7 @@ class LlavaForTraining(nn.Module):
         self.pixels = pixels
         model.model.language_model.set_attn_implementation(packing_attention(attention))
 
-    def forward(self, row: Row) -> torch.Tensor:
+    def forward(self, row: PackedRow) -> torch.Tensor:
         """The sum (not the mean) of the cross-entropy over the row's K supervised tokens, a scalar in fp32."""
         inner = self.stock.model
         embeds_TD = inner.get_input_embeddings()(row.input_ids)

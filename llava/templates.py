@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llava.errors import RefusedInput
-from llava.pieces import IMAGE, any_of
+from llava.text_tokenizer import IMAGE, any_of
 
 OWN = "tokenizer"
 """The name that stands for the tokenizer's own chat template."""

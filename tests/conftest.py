@@ -26,23 +26,25 @@ import psutil
 import pytest
 import ray
 
+from tests.support.repository import REPOSITORY, SHARED
+
 # Tests run side by side: more threads than cores only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 BUCKET = "llava-tests"
-PHOTOS = Path(__file__).parents[1] / ".." / "shared" / "data" / "coco"
+PHOTOS = SHARED / "data" / "coco"
 WAIT = 90.0  # seconds: a busy machine starts slowly
 LONGEST = (
-    "workflows/test_training_drills.py",
-    "workflows/test_workflow.py",
-    "workflows/test_ray_job.py",
+    "drills/test_kills.py",
+    "workflows/test_train.py",
+    "workflows/kubernetes/test_rayjob_submitted.py",
     # A process that is down to its last test gets another module: this one waits for the drills, which are one test.
-    "components/test_given.py",
-    "components/test_training.py",
-    "components/test_evaluate.py",
-    "components/instruct/test_stage.py",
-    "components/test_deepspeed.py",
-    "components/test_shard_tasks.py",
+    "components/backbones/test_given.py",
+    "components/training/test_stage.py",
+    "components/evaluate/test_evaluation.py",
+    "components/instruct/llm/test_stage.py",
+    "components/training/test_deepspeed_engine.py",
+    "components/datasets/test_tasks.py",
 )
 """Modules that run first, each in one process, so that no process is left alone with one of them at the end."""
 
@@ -130,9 +132,7 @@ def ray_local(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> 
         "LLAVA_CACHE": str(tmp_path_factory.mktemp("cache")),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AUTH_MODE": "disabled",
-        "PYTHONPATH": os.pathsep.join(
-            [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-        ),
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from llava.errors import LlavaError, Terminated
-from workflows.cli_scores import compare, score
 from workflows.options import AsJson, Preset, Profile, Root, Set, Wait
+from workflows.scores.cli import compare, score
 
 app = typer.Typer(
     name="llava",
@@ -138,8 +138,8 @@ def submit(
     watch: Annotated[bool, typer.Option("--watch", help="Follow states and log until it ends.")] = False,
 ) -> None:
     """Start a run on Kubernetes: a copy of the template RayJob, once per minute and name."""
-    from workflows import submit as submitting
-    from workflows.cluster.api import Cluster
+    from workflows.kubernetes import submit as submitting
+    from workflows.kubernetes.api import Cluster
 
     request = submitting.Request(
         command, preset, root, drop or (), set_ or (), template, scheduled, if_new, allow_parallel, watch
@@ -163,8 +163,8 @@ def retrain(
     from workflows import config as configs
 
     config = configs.load(preset, set_ or [])
-    from workflows import retrain as retraining
     from workflows import train as workflow
+    from workflows.retraining import retrain as retraining
     from workflows.summary import show as show_summary
 
     done = retraining.retrain(config, root, drop, wait)
@@ -270,9 +270,9 @@ def _terminated(number: int, frame: Any) -> None:
 
 def main() -> None:
     """Entry point: a failure is one line on standard error and its own exit status (design.md)."""
-    from components import cluster
+    from components.ray_cluster import connection
 
-    cluster.prepare()
+    connection.prepare()
     signal.signal(signal.SIGTERM, _terminated)
     # Where the shell has it ignored, as in the background of a script, it stays so.
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import pydantic
 import yaml
@@ -21,13 +21,62 @@ from components.pretrain import PretrainSettings
 from components.register import RegisterSettings
 from components.shard import ShardSettings
 from llava.errors import RefusedInput
-from workflows.expected import EstimateSettings
-from workflows.retrain_settings import RetrainSettings
+from llava.estimate import Corpus
 
 PRESETS = resources.files("workflows") / "presets"
 _SECRET = re.compile(
     r"(pass(word|phrase)?|secret|credential|api[_-]?key|access[_-]?key|private[_-]?key)s?$", re.I
 )
+
+
+class Expected(BaseModel):
+    """What a stage's data will hold, as means over its samples: for `llava estimate`, before the data is sharded."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    samples: int = Field(gt=0, description="How many there are")
+    text_tokens: float = Field(gt=0, description="Tokens of a sample, those of its picture left out")
+    supervised_tokens: float = Field(gt=0, description="Tokens of a sample that carry loss")
+    images: float = Field(1.0, ge=0, description="Pictures per sample; text-only samples have none")
+
+    def corpus(self, epochs: float) -> Corpus:
+        """For the arithmetic."""
+        return Corpus(self.samples, self.text_tokens, self.supervised_tokens, self.images, epochs)
+
+
+class EstimateSettings(BaseModel):
+    """One expectation per stage; a stage without any is estimated per step and not in hours."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pretrain: Expected | None = Field(None, description="Of stage 1")
+    finetune: Expected | None = Field(None, description="Of stage 2")
+
+
+class RetrainSettings(BaseModel):
+    """How new data is taken in; read by `llava retrain` alone."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    start: Literal["pretrain", "champion"] = Field(
+        "pretrain",
+        description="What is fine-tuned: stage 1's model, on old and new data; or the champion, on the new data and "
+        "`replay` of the old",
+    )
+    replay: float = Field(
+        0.2,
+        ge=0,
+        description="start=champion: times that each old sample is seen in an epoch; 0.2: every fifth",
+    )
+    max_bad: float = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="Share of a drop's records set aside over which nothing is trained (status 2)",
+    )
+    settle: float = Field(
+        2.0, ge=0, description="Seconds between two looks at a drop: one that changes in them waits"
+    )
 
 
 class WorkflowConfig(BaseModel):

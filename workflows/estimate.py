@@ -9,7 +9,7 @@ from typing import Any
 
 from components.backbones import tiny
 from components.backbones.component import BackbonesSettings
-from components.models import open_model
+from components.registry import open_model
 from components.training.auto import candidates, training_of
 from components.training.settings import WITHOUT_GPU, TrainSettings
 from llava import estimate as arithmetic
@@ -26,8 +26,7 @@ from llava.sizes import (
     vision_sizes,
 )
 from workflows import config as configs
-from workflows.config import WorkflowConfig
-from workflows.expected import Expected
+from workflows.config import Expected, WorkflowConfig
 
 UNKNOWN = Expected(samples=1, text_tokens=256, supervised_tokens=128)
 """What a sample is taken for where the config expects nothing; there is no number of hours then."""
@@ -115,13 +114,13 @@ def _part(settings: BackbonesSettings, what: str) -> VisionSizes | LanguageSizes
         try:
             return read(json.loads((source.folder / "config.json").read_text()))
         except (OSError, ValueError) as error:
-            raise RefusedInput(f"backbones.{what}={source.place}: {error}") from None
-    if source.place not in PUBLISHED:
+            raise RefusedInput(f"backbones.{what}={source.location}: {error}") from None
+    if source.location not in PUBLISHED:
         raise RefusedInput(
-            f"backbones.{what}={source.place}: its shapes are not known before it is fetched; name a folder that "
+            f"backbones.{what}={source.location}: its shapes are not known before it is fetched; name a folder that "
             f"holds its config.json, or one of {', '.join(PUBLISHED)}"
         )
-    return PUBLISHED[source.place]
+    return PUBLISHED[source.location]
 
 
 def as_json(
@@ -248,9 +247,9 @@ def _table(stage: StagePlan) -> Iterator[str]:
     yield f"    {'ZeRO':>4} {'tokens per row':>14} " + " ".join(f"{name:>10}" for name in columns)
     cells: dict[tuple[int, int], dict[str, str]] = {}
     for each in stage.found:
-        place = each.setup.zero_stage, each.setup.tokens_per_row
+        location = each.setup.zero_stage, each.setup.tokens_per_row
         need = f"{each.memory.total / GIB:.1f}{' ' if each.fits else '*'}"
-        cells.setdefault(place, {})[each.setup.checkpointing] = need
+        cells.setdefault(location, {})[each.setup.checkpointing] = need
     for (zero_stage, tokens), row in cells.items():
         yield f"    {zero_stage:>4} {tokens:>14} " + " ".join(f"{row[name]:>10}" for name in columns)
 

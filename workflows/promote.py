@@ -9,7 +9,7 @@ import json
 from datetime import UTC, datetime
 
 from components.contract import open_store, say
-from components.models import BEFORE, CHALLENGER, CHAMPION, Registry, Version, tracking_uri
+from components.registry import BEFORE, CHALLENGER, CHAMPION, Registry, Version, tracking_uri
 from llava.errors import RefusedInput
 
 MOVED = "moved."

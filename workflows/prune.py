@@ -19,7 +19,7 @@ from components.contract import (
     remove_artifact,
     say,
 )
-from components.models import EVALUATION_DIGEST, MODEL_DIGEST, Registry, tracking_uri
+from components.registry import EVALUATION_DIGEST, MODEL_DIGEST, Registry, tracking_uri
 from llava.errors import AlreadyRunning, RefusedInput
 from workflows.train import STAGES
 

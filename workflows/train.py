@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from components import cluster
 from components.backbones.component import Backbones
 from components.backbones.given import start_from
 from components.contract import (
@@ -27,9 +26,10 @@ from components.evaluate import Evaluate, check_questions
 from components.filter import Filter
 from components.finetune import Finetune
 from components.instruct import Instruct, try_endpoint
-from components.models import tracking_uri
 from components.pretrain import Pretrain
+from components.ray_cluster import connection
 from components.register import Register, champion_model
+from components.registry import tracking_uri
 from components.shard import Shard
 from components.training.data import check_extra
 from components.training.record import curves
@@ -76,7 +76,7 @@ def open_workspace(name: str, root: str, wait: bool = False) -> Workspace:
     files = f"{store.uri}/mlflow" if store.local_path is None and not uri.startswith("http") else None
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    workspace = Workspace(store, Tracking(uri, name, files), wait=wait, cluster=cluster.connect)
+    workspace = Workspace(store, Tracking(uri, name, files), wait=wait, cluster=connection.connect)
     workspace.check()
     return workspace
 
@@ -111,7 +111,7 @@ def run(
     )
     summary = Summary()
     try:
-        with cluster.disconnecting():
+        with connection.disconnecting():
             _stages(config, workspace, parent, until, summary, order or _order)
     except BaseException as error:
         stopped = isinstance(error, Preempted | Terminated | KeyboardInterrupt | SystemExit)
@@ -135,7 +135,7 @@ def _check_room(config: WorkflowConfig, workspace: Workspace, until: str) -> Non
     for name, (workers, cpus, gpu) in asked.items():
         finished = any(entry.key.endswith(MANIFEST) for entry in workspace.store.list(f"{name}/"))
         if STAGES.index(name) <= STAGES.index(until) and not finished:
-            cluster.require(name, workers, cpus, gpu)
+            connection.require(name, workers, cpus, gpu)
 
 
 class _Done(Exception):
@@ -178,7 +178,7 @@ def _stages(
 def _order(config: WorkflowConfig, workspace: Workspace, summary: Summary, stage: Stage) -> None:
     model, instructions = until_finetune(config, workspace, summary, stage)
     model = stage(Finetune(), config.finetune, model=model, dataset=instructions)
-    judge(config, workspace, stage, model, instructions)
+    evaluate_and_register(config, workspace, stage, model, instructions)
 
 
 def until_finetune(
@@ -205,7 +205,7 @@ def until_finetune(
     return model, instructions
 
 
-def judge(
+def evaluate_and_register(
     config: WorkflowConfig, workspace: Workspace, stage: Stage, model: Artifact, questions: Artifact
 ) -> None:
     """Evaluate the model and the champion on the same questions, and register it as one or the other."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from components.shapes import COLOURS, SHAPES, Scene, scenes
+from components.tiny_world import COLOURS, SHAPES, Scene, scenes
 
 Entry = dict[str, Any]
 _LETTERS = "ABCD"

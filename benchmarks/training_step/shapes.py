@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from llava.conversation import IMAGE, Encoder
-from llava.data.plan import Plan, scan
+from llava.data.plan import BatchPlan, scan
 from llava.data.reader import ParquetRows
 from llava.data.samples import VIEWS
 from llava.data.schema import write_rows
@@ -110,7 +110,7 @@ class World:
     pixels: Pixels
     image_processor: Any
     rows: ParquetRows
-    plan: Plan
+    plan: BatchPlan
 
 
 def shape_of(name: str, vocabulary: int | None = None) -> Shape:
@@ -146,7 +146,7 @@ def make_world(
         pixels=Pixels(processor),
         image_processor=processor,
         rows=rows,
-        plan=Plan(index, seed=seed, epochs=1, global_batch=batch.samples),
+        plan=BatchPlan(index, seed=seed, epochs=1, global_batch=batch.samples),
     )
 
 

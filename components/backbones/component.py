@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from components.backbones import tiny
-from components.backbones.sources import Source, load_language, load_vision
+from components.backbones.sources import WeightsSource, load_language, load_vision
 from components.contract import Component, Job, Settings
 from llava import model as models
 from llava import sizes
@@ -70,13 +70,13 @@ class BackbonesSettings(Settings):
         return self
 
     @property
-    def sources(self) -> tuple[Source, ...]:
+    def sources(self) -> tuple[WeightsSource, ...]:
         """Tower and language model of kind=hub."""
         if self.vision is None or self.language is None:
             return ()
         return (
-            Source("vision", self.vision, self.vision_revision),
-            Source("language", self.language, self.language_revision),
+            WeightsSource("vision", self.vision, self.vision_revision),
+            WeightsSource("language", self.language, self.language_revision),
         )
 
     @property
@@ -169,11 +169,11 @@ def _named(settings: BackbonesSettings, what: str) -> str:
     return f"backbones.{what}={getattr(settings, what) or 'tiny'}"
 
 
-def _check_published(place: str | None, config: dict[str, Any]) -> None:
+def _check_published(location: str | None, config: dict[str, Any]) -> None:
     """A model that a preset names by heart has the published shape, or it is another one."""
-    expected = sizes.PUBLISHED.get(place or "")
+    expected = sizes.PUBLISHED.get(location or "")
     if expected is None:
         return
     read = sizes.vision_sizes if isinstance(expected, sizes.VisionSizes) else sizes.language_sizes
     if (found := read(config)) != expected:
-        raise RefusedInput(f"{place}: expected the published {expected}, found {found}")
+        raise RefusedInput(f"{location}: expected the published {expected}, found {found}")

@@ -25,7 +25,7 @@ from components.contract import (
     run_component,
     run_field,
 )
-from components.models import MODEL, resolve
+from components.registry import MODEL, resolve
 from llava import model as models
 from llava.errors import RefusedInput
 

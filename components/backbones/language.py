@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from components import shapes
+from components import tiny_world
 from components.backbones.tokenizer import END, PAD, START
 from components.instruct import rules
-from components.shapes import PLACES, Thing
+from components.tiny_world import PLACES, Thing
 
 PATCHES_PER_SIDE = 4
 CYCLES = ((2.5e-3, 4500), (1.5e-3, 4000))
@@ -140,7 +140,7 @@ def train_cycle(
 
 def _batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Batch]:
     """Batches of samples of about one length, in random order."""
-    samples = world_samples(seed, shapes.TRAIN)
+    samples = world_samples(seed, tiny_world.TRAIN)
     rng = random.Random(f"batches {seed}")
     while True:
         drawn = sorted(itertools.islice(samples, BATCH * SORTED_BATCHES), key=_letters)
@@ -158,17 +158,17 @@ def world_samples(seed: int, split: str) -> Iterator[Sample]:
     """An endless mix of conversations, details, reasoning and captions about scenes of `split`, in text only."""
     rng = random.Random(f"language {seed} {split}")
     while True:
-        things = shapes.arrange(rng)
-        if shapes.split_of(things) == split:
+        things = tiny_world.arrange(rng)
+        if tiny_world.split_of(things) == split:
             yield sample(things, rng)
 
 
 def sample(things: Sequence[Thing], rng: random.Random) -> Sample:
     """One sample about one scene."""
-    where = shapes.boxes(things, rng)
-    captions = shapes.captions(things, rng)
+    where = tiny_world.boxes(things, rng)
+    captions = tiny_world.captions(things, rng)
     objects = [(thing.category, box) for thing, box in zip(things, where, strict=True)]
-    told = (captions, objects, shapes.SIDE, shapes.SIDE, rng)
+    told = (captions, objects, tiny_world.SIDE, tiny_world.SIDE, rng)
     drawn = rng.random()
     if drawn < PLAIN_SHARE:
         return Sample(text_picture(things, rng), (), rng.choice(captions))
@@ -192,7 +192,7 @@ def sample(things: Sequence[Thing], rng: random.Random) -> Sample:
         turns = [turn for turn in [rules.detail(*told)] if turn]
     elif drawn < PLAIN_SHARE + DETAIL_SHARE + REASONING_SHARE:
         turns = [turn for turn in [rules.reasoning(*told)] if turn]
-    turns = turns or rules.conversation(*told, turns=TURNS, kinds=shapes.KINDS)
+    turns = turns or rules.conversation(*told, turns=TURNS, kinds=tiny_world.KINDS)
     if style == len(captions) - 1:
         turns = [turn for turn in turns if turn.kind not in NEEDS_PLACES]
     if not turns:
@@ -205,17 +205,17 @@ def notes(things: Sequence[Thing], rng: random.Random) -> str:
     keys = [
         (key, thing)
         for thing in things
-        for key in (thing.shape, thing.colour, thing.category, PLACES[thing.place])
-        if sum(key in f"{other.phrase} {PLACES[other.place]}" for other in things) == 1
+        for key in (thing.shape, thing.colour, thing.category, PLACES[thing.cell])
+        if sum(key in f"{other.phrase} {PLACES[other.cell]}" for other in things) == 1
     ]
     drawn = rng.sample(keys, min(NOTES, len(keys)))
-    return "; ".join(f"{key}: {thing.phrase} {PLACES[thing.place]}" for key, thing in drawn)
+    return "; ".join(f"{key}: {thing.phrase} {PLACES[thing.cell]}" for key, thing in drawn)
 
 
 def text_picture(things: Sequence[Thing], rng: random.Random) -> TextPicture:
     """The scene in words: each place's four patches tell what is there and which place it is, with gaps."""
-    at = {thing.place: thing.phrase for thing in things}
-    told = [f"{at.get(place, 'empty')} {name}".split() for place, name in enumerate(PLACES)]
+    at = {thing.cell: thing.phrase for thing in things}
+    told = [f"{at.get(cell, 'empty')} {name}".split() for cell, name in enumerate(PLACES)]
     half = PATCHES_PER_SIDE // 2
     return tuple(
         tuple(word for word in told[row // half * 2 + column // half] if rng.random() >= WORD_DROP)

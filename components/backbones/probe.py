@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from components import shapes
+from components import tiny_world
 from components.backbones import language, vision
 from components.instruct import rules
 
@@ -30,14 +30,14 @@ def language_gates(
     rng = random.Random(f"language gate {seed}")
     asked: list[tuple[str, str, language.Sample]] = []
     while len(asked) < scenes * QUESTIONS_EACH:
-        things = shapes.arrange(rng)
-        if shapes.split_of(things) != shapes.HELD_OUT:
+        things = tiny_world.arrange(rng)
+        if tiny_world.split_of(things) != tiny_world.HELD_OUT_SPLIT:
             continue
-        captions = shapes.captions(things, rng)
-        objects = [(t.category, box) for t, box in zip(things, shapes.boxes(things, rng), strict=True)]
+        captions = tiny_world.captions(things, rng)
+        objects = [(t.category, box) for t, box in zip(things, tiny_world.boxes(things, rng), strict=True)]
         told: list[str | language.TextPicture] = [language.text_picture(things, rng), *captions[:-1]]
         for turn in rules.conversation(
-            captions, objects, shapes.SIDE, shapes.SIDE, rng, QUESTIONS_EACH, shapes.KINDS
+            captions, objects, tiny_world.SIDE, tiny_world.SIDE, rng, QUESTIONS_EACH, tiny_world.KINDS
         ):
             style = rng.randrange(len(told))
             name = "text pictures" if style == 0 else "captions"
@@ -60,11 +60,11 @@ def vision_gates(tower: CLIPVisionModel, seed: int, scenes: int) -> dict[str, fl
     """What a linear probe reads off the patch features of one place, in held-out scenes it was not fitted on.
 
     `scenes` training scenes fit the probe (ridge regression on one-hot labels), half as many held-out ones test it.
-    `place` is whether anything stands there; the others are judged where something does.
+    `cell` is whether anything stands there; the others are judged where something does.
     """
     rng = random.Random(f"vision gate {seed}")
-    fit_QF, fit_labels = _places(tower, rng, shapes.TRAIN, scenes)
-    test_QF, test_labels = _places(tower, rng, shapes.HELD_OUT, scenes // 2)
+    fit_QF, fit_labels = _places(tower, rng, tiny_world.TRAIN, scenes)
+    test_QF, test_labels = _places(tower, rng, tiny_world.HELD_OUT_SPLIT, scenes // 2)
     mean_F, std_F = fit_QF.mean(0), fit_QF.std(0) + 1e-6
     fit_QF, test_QF = (_with_bias((x_QF - mean_F) / std_F) for x_QF in (fit_QF, test_QF))
     figures = {}
@@ -85,10 +85,10 @@ def _places(
     tower: CLIPVisionModel, rng: random.Random, split: str, scenes: int
 ) -> tuple[Tensor, dict[str, list[str]]]:
     """The patch features of every place of some scenes, (scenes x places, features), and what stands there."""
-    drawn: list[list[shapes.Thing]] = []
+    drawn: list[list[tiny_world.Thing]] = []
     while len(drawn) < scenes:
-        things = shapes.arrange(rng)
-        if shapes.split_of(things) == split:
+        things = tiny_world.arrange(rng)
+        if tiny_world.split_of(things) == split:
             drawn.append(things)
     features = []
     for some in _chunks(drawn, 64):
@@ -96,13 +96,13 @@ def _places(
         hidden = tower(pixel_values=pixels_BCHW, output_hidden_states=True).hidden_states
         features.append(hidden[vision.READ_LAYER][:, 1:])
     features_BND = torch.cat(features)
-    places_N = torch.tensor(vision.patch_places())
-    by_place = [features_BND[:, places_N == place].flatten(1) for place in range(len(shapes.PLACES))]
+    cells_N = torch.tensor(vision.patch_places())
+    by_place = [features_BND[:, cells_N == cell].flatten(1) for cell in range(len(tiny_world.PLACES))]
     labels: dict[str, list[str]] = {name: [] for name in ("colour", "shape", "size", "place")}
     for things in drawn:
-        at = {thing.place: thing for thing in things}
-        for place in range(len(shapes.PLACES)):
-            thing = at.get(place)
+        at = {thing.cell: thing for thing in things}
+        for cell in range(len(tiny_world.PLACES)):
+            thing = at.get(cell)
             labels["place"].append("something" if thing else NOTHING)
             labels["colour"].append(thing.colour if thing else NOTHING)
             labels["shape"].append(thing.shape if thing else NOTHING)

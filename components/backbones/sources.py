@@ -30,33 +30,35 @@ _INDEX, _PICKLED_INDEX = "model.safetensors.index.json", "pytorch_model.bin.inde
 
 
 @dataclass(frozen=True)
-class Source:
+class WeightsSource:
     """Where a part comes from. `revision` is the commit of a hub repository, None for a folder."""
 
     what: str
     """The setting's name, for messages: "vision" or "language"."""
-    place: str
+    location: str
     revision: str | None
 
     @property
     def folder(self) -> Path | None:
         """The local folder, or None for a hub repository."""
-        if self.place.startswith(("/", "./", "../", "~")) or self.place in (".", ".."):
-            return Path(self.place).expanduser()
+        if self.location.startswith(("/", "./", "../", "~")) or self.location in (".", ".."):
+            return Path(self.location).expanduser()
         return None
 
     def malformed(self) -> str | None:
         """What is wrong with how the source is written, in one line; None where nothing is."""
         if self.folder is not None:
             if self.revision is not None:
-                return f"{self.what}_revision is for hub repositories; {self.place} is a folder"
+                return f"{self.what}_revision is for hub repositories; {self.location} is a folder"
             return None
-        if not _HUB_ID.fullmatch(self.place):
-            return f"{self.what}={self.place!r}: give OWNER/NAME on the hub, or a folder as /PATH or ./PATH"
+        if not _HUB_ID.fullmatch(self.location):
+            return (
+                f"{self.what}={self.location!r}: give OWNER/NAME on the hub, or a folder as /PATH or ./PATH"
+            )
         if self.revision is not None and not _is_commit(self.revision):
             return (
                 f"{self.what}_revision={self.revision!r} is no commit: give the 40 hexadecimal digits that "
-                f"the history of {self.place} shows; branches and tags move"
+                f"the history of {self.location} shows; branches and tags move"
             )
         return None
 
@@ -64,14 +66,14 @@ class Source:
         """What stands for the contents: the commit, or the folder's fingerprint. Raises `RefusedInput`."""
         if (folder := self.folder) is not None:
             if not folder.is_dir():
-                raise RefusedInput(f"backbones.{self.what}={self.place}: no such folder")
+                raise RefusedInput(f"backbones.{self.what}={self.location}: no such folder")
             return fingerprint(folder)
         if self.revision is None:
             raise RefusedInput(
-                f"backbones.{self.what}_revision is missing: the commit of {self.place} that you want, 40 hexadecimal "
-                f"digits from its history on the hub: --set backbones.{self.what}_revision=..."
+                f"backbones.{self.what}_revision is missing: the commit of {self.location} that you want, 40 "
+                f"hexadecimal digits from its history on the hub: --set backbones.{self.what}_revision=..."
             )
-        return f"{self.place}@{self.revision}"
+        return f"{self.location}@{self.revision}"
 
     def fetch(self, scratch: Path, say: Callable[[str], None]) -> Path:
         """A folder with the files, weights as safetensors; `scratch` is a folder that may be filled."""
@@ -84,14 +86,14 @@ class Source:
         from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
         hub.disable_progress_bars()
-        say(f"{self.what}: fetching {self.place} at {self.revision}")
+        say(f"{self.what}: fetching {self.location} at {self.revision}")
 
         def get(patterns: list[str]) -> Path:
             # The hub's own cache keeps what came before a crash.
             endpoint = os.environ.get("HF_ENDPOINT")
             return Path(
                 snapshot_download(
-                    self.place, revision=self.revision, allow_patterns=patterns, endpoint=endpoint
+                    self.location, revision=self.revision, allow_patterns=patterns, endpoint=endpoint
                 )
             )
 
@@ -102,13 +104,13 @@ class Source:
         except (RepositoryNotFoundError, RevisionNotFoundError) as error:
             missing = "commit" if isinstance(error, RevisionNotFoundError) else "repository"
             raise RefusedInput(
-                f"backbones.{self.what}={self.place}: the hub shows no such {missing} "
+                f"backbones.{self.what}={self.location}: the hub shows no such {missing} "
                 f"({self.revision}); a private or gated one needs HF_TOKEN in the environment"
             ) from None
         except (HfHubHTTPError, OSError) as error:
             reason = " ".join(str(error).split())[:300]
             raise LlavaError(
-                f"backbones.{self.what}={self.place}: the hub does not answer: {reason}"
+                f"backbones.{self.what}={self.location}: the hub does not answer: {reason}"
             ) from error
         return folder
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, CLIPVisionModel, LlamaForCausalLM
 
-from components import shapes
+from components import tiny_world
 from components.backbones import language, probe, vision
 from components.backbones.tokenizer import train_tokenizer
 
@@ -46,7 +46,7 @@ def train_towers(out: Path, seed: int, say: Callable[[str], None]) -> dict[str, 
         lines.append(line)
         say(line)
 
-    samples = itertools.islice(language.world_samples(seed, shapes.TRAIN), TOKENIZER_SAMPLES)
+    samples = itertools.islice(language.world_samples(seed, tiny_world.TRAIN), TOKENIZER_SAMPLES)
     tokenizer = train_tokenizer(text for sample in samples for text in sample.texts)
     record(f"tokenizer: {len(tokenizer)} tokens")
     tokenizer.save_pretrained(out / LANGUAGE)

@@ -22,8 +22,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from components import shapes
-from components.shapes import COLOURS, PLACES, SHAPES, SIZES, Thing
+from components import tiny_world
+from components.tiny_world import COLOURS, PLACES, SHAPES, SIZES, Thing
 
 PATCH = 16
 WIDTH = 128
@@ -47,7 +47,7 @@ def vision_config(tokenizer: PreTrainedTokenizerFast) -> CLIPConfig:
             "intermediate_size": 4 * WIDTH,
             "num_hidden_layers": 4,
             "num_attention_heads": 4,
-            "image_size": shapes.SIDE,
+            "image_size": tiny_world.SIDE,
             "patch_size": PATCH,
             "hidden_act": "gelu",
         },
@@ -68,7 +68,7 @@ def vision_config(tokenizer: PreTrainedTokenizerFast) -> CLIPConfig:
 
 def image_processor() -> CLIPImageProcessorPil:
     """CLIP's preprocessing at 64 px, on Pillow."""
-    side = shapes.SIDE
+    side = tiny_world.SIDE
     return CLIPImageProcessorPil(
         size={"shortest_edge": side},
         crop_size={"height": side, "width": side},
@@ -95,7 +95,9 @@ def train_vision(
     for step in range(1, steps + 1):
         scenes = [scene for _ in range(PAIRS) for scene in _pair(rng)]
         pixels_BCHW = pixels([picture(things, rng) for things in scenes])
-        caption_ids_BL = _text(tokenizer, [rng.choice(shapes.captions(things, rng)[:2]) for things in scenes])
+        caption_ids_BL = _text(
+            tokenizer, [rng.choice(tiny_world.captions(things, rng)[:2]) for things in scenes]
+        )
         vision = clip.vision_model(pixel_values=pixels_BCHW, output_hidden_states=True)
         scale = clip.logit_scale.exp().clamp(max=100.0)
 
@@ -126,7 +128,7 @@ def train_vision(
 
 def picture(things: Sequence[Thing], rng: random.Random) -> np.ndarray:
     """The drawn scene, uint8, (64, 64, 3)."""
-    return np.asarray(shapes.draw(things, shapes.boxes(things, rng), rng))
+    return np.asarray(tiny_world.draw(things, tiny_world.boxes(things, rng), rng))
 
 
 def pixels(pictures: Sequence[np.ndarray]) -> Tensor:
@@ -137,9 +139,9 @@ def pixels(pictures: Sequence[np.ndarray]) -> Tensor:
 
 def patch_places() -> list[int]:
     """The place that each patch lies in, patches in raster order."""
-    side = shapes.SIDE // PATCH
+    side = tiny_world.SIDE // PATCH
     return [
-        row * PATCH // shapes.CELL * 2 + col * PATCH // shapes.CELL
+        row * PATCH // tiny_world.CELL * 2 + col * PATCH // tiny_world.CELL
         for row in range(side)
         for col in range(side)
     ]
@@ -149,26 +151,26 @@ def patch_phrases(scenes: Sequence[Sequence[Thing]]) -> Tensor:
     """For each patch the number of the phrase that tells the thing of its place: (batch, patches)."""
     rows = []
     for things in scenes:
-        at = {thing.place: PHRASES.index(thing.phrase) for thing in things}
-        rows.append([at.get(place, 0) for place in patch_places()])
+        at = {thing.cell: PHRASES.index(thing.phrase) for thing in things}
+        rows.append([at.get(cell, 0) for cell in patch_places()])
     return torch.tensor(rows)
 
 
 def _pair(rng: random.Random) -> tuple[list[Thing], list[Thing]]:
     """A training scene and its copy with one attribute of one thing changed, shape most often."""
     while True:
-        things = shapes.arrange(rng)
+        things = tiny_world.arrange(rng)
         number = rng.randrange(len(things))
         one = things[number]
-        free = [place for place in range(len(PLACES)) if place not in {thing.place for thing in things}]
+        free = [cell for cell in range(len(PLACES)) if cell not in {thing.cell for thing in things}]
         changes = [
             *[replace(one, shape=shape) for shape in SHAPES if shape != one.shape] * 2,
             replace(one, colour=rng.choice([colour for colour in COLOURS if colour != one.colour])),
             replace(one, size=rng.choice([size for size in SIZES if size != one.size])),
-            replace(one, place=rng.choice(free)),
+            replace(one, cell=rng.choice(free)),
         ]
         swapped = sorted([*things[:number], rng.choice(changes), *things[number + 1 :]])
-        if shapes.split_of(things) == shapes.split_of(swapped) == shapes.TRAIN:
+        if tiny_world.split_of(things) == tiny_world.split_of(swapped) == tiny_world.TRAIN:
             return things, swapped
 
 

@@ -14,10 +14,11 @@ from components.contract.manifest import (
     remove_artifact,
     verify,
 )
-from components.contract.runner import Outcome, Workspace, run_component
+from components.contract.runner import Outcome, run_component
 from components.contract.secrets import refuse_secrets, without_secret
 from components.contract.store import Entry, Folder, Stat, Store, StoreError, open_store
 from components.contract.tracking import TrackedRun, Tracking, TrackingError
+from components.contract.workspace import Workspace
 
 __all__ = [
     "MANIFEST",

@@ -5,17 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import pydantic
 from pydantic.fields import FieldInfo
 
-if TYPE_CHECKING:
-    from components.contract.lease import Lease
-    from components.contract.manifest import Artifact
-    from components.contract.runner import Workspace
-    from components.contract.store import Folder
-    from components.contract.tracking import TrackedRun
+from components.contract.lease import Lease
+from components.contract.manifest import Artifact
+from components.contract.store import Folder
+from components.contract.tracking import TrackedRun
+from components.contract.workspace import Workspace
 
 
 class Settings(pydantic.BaseModel):
@@ -90,7 +89,8 @@ class Job:
     """Final metrics, for the manifest and for MLflow."""
     notes: dict[str, Any] = field(default_factory=dict)
     """Free JSON for the manifest, such as dropped samples by reason."""
-    prefix: str = ""
+    component: str = ""
+    """The name of the component, which begins every line that is said."""
     declared: dict[str, tuple[int, str]] = field(default_factory=dict)
 
     def add_file(self, key: str, size: int, sha256: str) -> None:
@@ -99,7 +99,7 @@ class Job:
 
     def say(self, text: str) -> None:
         """One plain line for the user."""
-        self.workspace.console.say(text, self.prefix)
+        self.workspace.console.say(text, self.component)
 
 
 class Component(ABC):

@@ -36,16 +36,16 @@ def client(uri: str) -> Any:
         os.environ.setdefault(name, value)
     if endpoint := os.environ.get("AWS_ENDPOINT_URL"):
         os.environ["MLFLOW_S3_ENDPOINT_URL"] = endpoint
-    place = (os.getpid(), uri)
-    if place not in _clients:
+    key = (os.getpid(), uri)
+    if key not in _clients:
         if uri.startswith("sqlite:///"):
             Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
         from mlflow import MlflowClient
 
         for logger in ("mlflow", "alembic"):
             logging.getLogger(logger).setLevel(logging.WARNING)
-        _clients[place] = MlflowClient(tracking_uri=uri)
-    return _clients[place]
+        _clients[key] = MlflowClient(tracking_uri=uri)
+    return _clients[key]
 
 
 @contextlib.contextmanager

@@ -6,49 +6,23 @@ import contextlib
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from components.contract import lease as leases
 from components.contract.component import Component, Job, Settings, recipe, run_part
-from components.contract.console import Console
 from components.contract.digest import artifact_digest
 from components.contract.manifest import MANIFEST, Artifact, FileEntry, Manifest, read_artifact, verify
 from components.contract.provenance import code_revision, versions
-from components.contract.store import Folder, Store
-from components.contract.tracking import PARENT_TAG, TrackedRun, Tracking, TrackingError
+from components.contract.store import Folder
+from components.contract.tracking import PARENT_TAG, TrackedRun, TrackingError
+from components.contract.workspace import Workspace
 from llava.errors import BudgetReached, LlavaError, Preempted, RefusedInput, Terminated
 
 RUN = "run.json"  # the MLflow run of an artifact that is not finished, or whose run is not closed yet
 CHECKPOINTS = "checkpoints"
 _STOPPED = (Preempted, BudgetReached, Terminated, KeyboardInterrupt, SystemExit)
-
-
-@dataclass
-class Workspace:
-    """Where components run: a store, an MLflow experiment, a parent run."""
-
-    store: Store
-    tracking: Tracking
-    parent: TrackedRun | None = None
-    wait: bool = True
-    """Wait for another holder of the same artifact; False raises AlreadyRunning."""
-    console: Console = field(default_factory=Console)
-    lease_ttl: float = leases.TTL
-    """Seconds after which a holder on another host counts as dead."""
-    cluster: Callable[[], None] = lambda: None
-    """Connects to Ray; called only before a component that needs it makes something."""
-
-    def check(self) -> None:
-        """Fail within seconds where the store or MLflow cannot be used, or not together."""
-        if self.store.local_path is not None and self.tracking.is_server:
-            raise RefusedInput(
-                f"root {self.store.uri} is a folder and MLflow is a server ({self.tracking.uri}), which "
-                "refuses to register models from local folders: give an s3:// root or a database (sqlite:///mlflow.db)"
-            )
-        self.store.probe()
-        self.tracking.check()
 
 
 @dataclass(frozen=True)
@@ -69,7 +43,7 @@ def run_component(
     whatever the component raises; after any of them the same call goes on from what is there.
     """
     started = time.monotonic()
-    plan = _Plan(component, settings, inputs, workspace)
+    plan = _Target(component, settings, inputs, workspace)
     artifact = plan.find()
     reused = artifact is not None
     if artifact is None:
@@ -85,7 +59,7 @@ def run_component(
     return Outcome(artifact, reused, time.monotonic() - started)
 
 
-class _Plan:
+class _Target:
     """One artifact to be: its digest, its folder and everything that the digest is made of."""
 
     def __init__(
@@ -134,7 +108,7 @@ class _Plan:
 
 
 @contextlib.contextmanager
-def _held(plan: _Plan) -> Iterator[leases.Lease]:
+def _held(plan: _Target) -> Iterator[leases.Lease]:
     """The lease on the artifact; it leaves no file behind once the artifact is finished."""
     workspace = plan.workspace
     lease = leases.acquire(plan.folder, wait=workspace.wait, ttl=workspace.lease_ttl, say=plan.say)
@@ -148,7 +122,7 @@ def _held(plan: _Plan) -> Iterator[leases.Lease]:
             lease.release(forget=finished)
 
 
-def _make(plan: _Plan, lease: leases.Lease) -> Artifact:
+def _make(plan: _Target, lease: leases.Lease) -> Artifact:
     component = plan.component
     component.check(plan.settings, plan.inputs)
     if component.on_ray:
@@ -167,7 +141,7 @@ def _make(plan: _Plan, lease: leases.Lease) -> Artifact:
                 run=run,
                 lease=lease,
                 workspace=plan.workspace,
-                prefix=component.name,
+                component=component.name,
             )
             component.run(job)
         artifact = _commit(plan, job)
@@ -180,7 +154,7 @@ def _make(plan: _Plan, lease: leases.Lease) -> Artifact:
     return artifact
 
 
-def _tracked_run(plan: _Plan) -> TrackedRun:
+def _tracked_run(plan: _Target) -> TrackedRun:
     """The MLflow run of this artifact: the one that an earlier try began, or a new one."""
     tracking, parent = plan.workspace.tracking, plan.workspace.parent
     if found := plan.folder.fetch(RUN):
@@ -193,7 +167,7 @@ def _tracked_run(plan: _Plan) -> TrackedRun:
     return run
 
 
-def _describe(plan: _Plan, run: TrackedRun) -> None:
+def _describe(plan: _Target, run: TrackedRun) -> None:
     """Tags, params and inputs of the run; the parent run is told the digest."""
     name, parent = plan.component.name, plan.workspace.parent
     tags = {
@@ -213,7 +187,7 @@ def _describe(plan: _Plan, run: TrackedRun) -> None:
         run.dataset(f"{title} ({artifact.manifest.component})", artifact.digest, artifact.uri)
 
 
-def _commit(plan: _Plan, job: Job) -> Artifact:
+def _commit(plan: _Target, job: Job) -> Artifact:
     """Write the manifest, last and create-only, while the lease is certainly ours."""
     job.lease.check()
     files = _files(plan, job)
@@ -243,7 +217,7 @@ def _commit(plan: _Plan, job: Job) -> Artifact:
     return Artifact(plan.folder, manifest)
 
 
-def _files(plan: _Plan, job: Job) -> list[FileEntry]:
+def _files(plan: _Target, job: Job) -> list[FileEntry]:
     own = {leases.LEASE, RUN, MANIFEST}
     found = {
         entry.key: entry.size
@@ -266,7 +240,7 @@ def _files(plan: _Plan, job: Job) -> list[FileEntry]:
     ]
 
 
-def _close(plan: _Plan, run: TrackedRun, manifest: Manifest) -> None:
+def _close(plan: _Target, run: TrackedRun, manifest: Manifest) -> None:
     """Final metrics and the end of the MLflow run. The artifact is finished: a failure here only waits."""
     try:
         run.metrics(manifest.metrics)

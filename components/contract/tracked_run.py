@@ -21,7 +21,7 @@ DATASET_DIGEST_LENGTH = 36
 BACKLOG = 100_000  # metric values kept while the server is away
 PAUSE = 30.0  # seconds between tries while the server is away, so that training does not wait for it
 
-Row = tuple[str, float, int, int]
+MetricRow = tuple[str, float, int, int]
 
 
 class TrackedRun:
@@ -33,7 +33,7 @@ class TrackedRun:
 
     def __init__(self, uri: str, run_id: str) -> None:
         self.uri, self.id = uri, run_id
-        self._waiting: list[Row] = []
+        self._waiting: list[MetricRow] = []
         self._lock = threading.Lock()
         self._not_before = 0.0
         self._warned = False

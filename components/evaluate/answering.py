@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
-from components.cluster import failures_told, resources
 from components.contract import Artifact, Folder
-from components.evaluate.showing import Picture, blank
+from components.evaluate.pictures import Picture, blank
+from components.ray_cluster.connection import failures_told, resources
 
 RIGHT, BLANK, WRONG = "right_image", "blank_image", "wrong_image"
 SAY_EVERY_SECONDS = 5.0
@@ -87,11 +87,11 @@ class Answerer:
         return [
             Answer(
                 key=ask.key,
-                answers={condition: answers[place] for condition, answers in given.items()},
-                loss=losses[place],
-                tokens=tokens[place],
+                answers={condition: answers[index] for condition, answers in given.items()},
+                loss=losses[index],
+                tokens=tokens[index],
             )
-            for place, ask in enumerate(batch)
+            for index, ask in enumerate(batch)
         ]
 
 

@@ -16,13 +16,19 @@ from components.evaluate.answering import BLANK, RIGHT, WRONG, Answer, Ask, answ
 from components.evaluate.benchmarks import Files, Scored, Unit, find
 from components.evaluate.benchmarks.vqa import is_match
 from components.evaluate.exams import Exam
-from components.evaluate.judging import reviews
+from components.evaluate.heldout_scores import Answered, metrics
+from components.evaluate.judge_run import reviews
 from components.evaluate.outcomes import CONTAMINATION, files_note, without
-from components.evaluate.questions import Question, exam_digest, heldout_rows, read_questions, wrong_pictures
+from components.evaluate.pictures import Picture
+from components.evaluate.questions import (
+    HeldOutQuestion,
+    exam_digest,
+    heldout_rows,
+    read_questions,
+    wrong_pictures,
+)
 from components.evaluate.report import Sample
-from components.evaluate.scores import Answered, metrics
-from components.evaluate.settings import HELD_OUT, EvaluateSettings, ExamSettings
-from components.evaluate.showing import Picture
+from components.evaluate.settings import HELD_OUT_EXAM, EvaluateSettings, ExamSettings
 from llava.errors import RefusedInput
 
 if TYPE_CHECKING:
@@ -30,7 +36,7 @@ if TYPE_CHECKING:
 
 EXAMPLE = "example.png"
 """A picture of the evaluation, for whoever wants to ask the model about one."""
-_HELD_OUT = "3"
+_HELD_OUT_VERSION = "3"
 """How held-out questions are put and judged: raised where their scores compare no more with those before."""
 _RIGHT_OR_WRONG = ("vqa", "pope", "scienceqa")
 
@@ -45,7 +51,7 @@ class Evaluation:
         self.asks: list[Ask] = []
         self.pictures: dict[str, set[str]] = {}
         """Questions of each exam that show a picture (by hash): exam/hash -> names of units."""
-        self.questions: list[Question] = []
+        self.questions: list[HeldOutQuestion] = []
         self.notes: dict[str, Any] = {}
         self.outcomes: dict[str, Scored] = {}
         self.blank: dict[str, Scored] = {}
@@ -94,7 +100,7 @@ class Evaluation:
         _publish(job, "report.md", report.page(facts, models, self._kept(), self.remarks, samples))
         _publish(job, "benchmarks.png", report.score_chart(models))
         by_key = {ask.key: ask.picture for ask in self.asks}
-        pictures = [by_key[_key(*sample.place)] for sample in samples]
+        pictures = [by_key[_key(*sample.index)] for sample in samples]
         opened = [None if picture is None else picture.open() for picture in pictures]
         _publish(job, "samples.png", report.samples_figure(samples, opened))
         if self.heldout:
@@ -102,8 +108,8 @@ class Evaluation:
             job.run.table(report.table(self._kept()), "eval/by_kind.json")
             job.run.table(report.answers_table(self.heldout), "eval/answers.json")
         job.run.table(report.scores_table(models), "eval/benchmarks.json")
-        seen = [place for place, picture in enumerate(opened) if picture is not None]
-        shown = next((place for place in seen if samples[place].answers[RIGHT][1]), seen[0] if seen else None)
+        seen = [index for index, picture in enumerate(opened) if picture is not None]
+        shown = next((index for index in seen if samples[index].answers[RIGHT][1]), seen[0] if seen else None)
         if shown is not None and (picture := opened[shown]) is not None:
             picture.save(job.scratch / EXAMPLE)
             job.folder.upload(job.scratch / EXAMPLE, EXAMPLE)
@@ -123,18 +129,22 @@ class Evaluation:
         settings = self.settings
         self.questions, skipped = read_questions(self.dataset.folder, settings.limit, settings.seed)
         wrong = wrong_pictures(self.questions, settings.seed)
-        terms = {"benchmark": HELD_OUT, "max_new_tokens": settings.max_new_tokens, "version": _HELD_OUT}
+        terms = {
+            "benchmark": HELD_OUT_EXAM,
+            "max_new_tokens": settings.max_new_tokens,
+            "version": _HELD_OUT_VERSION,
+        }
         digest = exam_digest(self.questions, wrong, terms)
         for reason, count in sorted(skipped.items()):
             self.job.say(f"{count:,} held-out rows are no question: {reason}")
         self.job.notes.update(questions=digest, rows=len(self.questions), skipped=skipped)
         self.job.run.dataset("questions asked", digest, self.dataset.uri)
         self.wrong = [self.questions[other] for other in wrong]
-        self.notes[HELD_OUT] = {"benchmark": "vqa", "digest": digest, "folder": ""}
+        self.notes[HELD_OUT_EXAM] = {"benchmark": "vqa", "digest": digest, "folder": ""}
         for number, (question, other) in enumerate(zip(self.questions, self.wrong, strict=True)):
-            self._seen(HELD_OUT, question.picture, question.id)
+            self._seen(HELD_OUT_EXAM, question.picture, question.id)
             self.asks.append(
-                Ask(_key(HELD_OUT, number), question.question, settings.max_new_tokens,
+                Ask(_key(HELD_OUT_EXAM, number), question.question, settings.max_new_tokens,
                     Picture(question.picture, question.image), blank=True,
                     wrong=Picture(other.picture, other.image), expected=question.expected)
             )  # fmt: skip
@@ -196,7 +206,7 @@ class Evaluation:
             self.left_out = by_exam
 
     def _score_heldout(self) -> None:
-        answers = [self.answers[_key(HELD_OUT, number)] for number in range(len(self.questions))]
+        answers = [self.answers[_key(HELD_OUT_EXAM, number)] for number in range(len(self.questions))]
         self.heldout = [
             Answered(
                 id=question.id,
@@ -216,46 +226,46 @@ class Evaluation:
             raise RefusedInput(
                 f"every held-out picture of {self.dataset.uri} is in the training data: nothing is left"
             )
-        self.job.metrics.update(metrics(kept, HELD_OUT))
+        self.job.metrics.update(metrics(kept, HELD_OUT_EXAM))
         if "eval/loss" not in self.job.metrics:
             self.job.say("the model's chat template is none of ours: held-out loss is not measured")
         path = self.job.scratch / "answers.jsonl"
         path.write_bytes(to_jsonl(self.heldout))
         self.job.folder.upload(path, path.name)
-        self._found(HELD_OUT, Files(answers=path))
+        self._found(HELD_OUT_EXAM, Files(answers=path))
         blank_path = self.job.scratch / "blank.jsonl"
         blank_path.write_bytes(
             to_jsonl([row | {"answers": {RIGHT: row["answers"][BLANK]}} for row in self.heldout])
         )
-        self.blank[HELD_OUT] = self._clean(HELD_OUT, find("vqa").score(Files(answers=blank_path)))
+        self.blank[HELD_OUT_EXAM] = self._clean(HELD_OUT_EXAM, find("vqa").score(Files(answers=blank_path)))
         by_kind: dict[str, list[Sample]] = {}
         for number, row in enumerate(self.heldout):
             answers_ = {one: (row["answers"][one], row["correct"][one]) for one in (RIGHT, BLANK, WRONG)}
             by_kind.setdefault(row["kind"], []).append(
-                Sample(row["kind"], row["question"], row["expected"], answers_, (HELD_OUT, number))
+                Sample(row["kind"], row["question"], row["expected"], answers_, (HELD_OUT_EXAM, number))
             )
         self.samples += [sample for kind in sorted(by_kind) for sample in by_kind[kind]]
 
     def _score(self, exam: Exam) -> None:
-        one, place = exam.settings, self._place(exam.settings)
+        one, index = exam.settings, self._place(exam.settings)
         given = [self.answers[_key(one.title, number)]["answers"] for number in range(len(exam.items))]
         model, judged = self.model.digest[:16], {}
-        files = exams.answered(exam, [texts[RIGHT] for texts in given], model, place)
+        files = exams.answered(exam, [texts[RIGHT] for texts in given], model, index)
         if one.judge is not None:
-            files = reviews(self.job, exam, files, place)
+            files = reviews(self.job, exam, files, index)
         if one.benchmark != "llava-bench" or files.reviews:
             judged[RIGHT] = self._found(one.title, files)
         else:
             self.notes[one.title] |= {"n": len(exam.items), "scores": {}}
             self._remark(f"{one.title}: answered and not scored, since no judge is named; see `llava score`")
         if one.blank_images:
-            files = exams.answered(exam, [texts[BLANK] for texts in given], model, place, "blank-")
+            files = exams.answered(exam, [texts[BLANK] for texts in given], model, index, "blank-")
             if one.benchmark != "llava-bench":
                 scored = find(one.benchmark).score(files)
                 judged[BLANK] = scored
                 self.blank[one.title] = self._clean(one.title, scored)
                 self._metrics(f"{one.title}/{BLANK}", self.blank[one.title])
-        for path in sorted(place.iterdir()):
+        for path in sorted(index.iterdir()):
             self.job.folder.upload(path, f"exams/{one.title}/{path.name}")
         self._sample(exam, given, {one_: exams.units(exam, scored) for one_, scored in judged.items()})
 
@@ -275,7 +285,7 @@ class Evaluation:
         }
         for remark in scored.remarks:
             self._remark(f"{name}: {remark}")
-        if name != HELD_OUT:
+        if name != HELD_OUT_EXAM:
             self._metrics(name, scored)
             self.job.metrics[f"eval/{_metric(name)}/questions/n"] = float(scored.n)
             self.job.metrics[f"eval/{_metric(name)}/questions/failed"] = float(scored.failed)
@@ -310,7 +320,7 @@ class Evaluation:
             self.samples.append(Sample(name, item.prompt, expected, answers, (name, number)))
 
     def _kept(self) -> list[Answered]:
-        gone = self.left_out.get(HELD_OUT, set())
+        gone = self.left_out.get(HELD_OUT_EXAM, set())
         return [row for row in self.heldout if row["id"] not in gone]
 
     def _seen(self, exam: str, sha256: str, unit: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from components.contract import MANIFEST, Store, fingerprint, open_store, read_artifact, recipe, sha256_of
 from components.evaluate.benchmarks import Files, Scored, Unit, find
 from components.evaluate.benchmarks.base import (
-    Row,
+    Record,
     by_id,
     get,
     read_json,
@@ -29,9 +29,9 @@ from components.evaluate.benchmarks.captions import read_references
 from components.evaluate.benchmarks.scienceqa import prompt as science_prompt
 from components.evaluate.benchmarks.scienceqa import read_problems
 from components.evaluate.outcomes import unit_name
+from components.evaluate.pictures import Picture
 from components.evaluate.questions import captioned, read_questions
 from components.evaluate.settings import ExamSettings
-from components.evaluate.showing import Picture
 from llava.conversation import IMAGE
 from llava.errors import RefusedInput
 
@@ -42,7 +42,7 @@ class Item:
 
     prompt: str
     picture: Picture | None
-    row: Row
+    row: Record
     """The line of the answers file, without what the model says."""
     unit: str
     """What the scored unit is known by: its picture (pope) or its id (the others)."""
@@ -81,7 +81,7 @@ def open_exam(settings: ExamSettings, folder: Path) -> Exam:
         raise RefusedInput(f"benchmarks: {settings.title}: its files hold no question")
     asked = [[item.prompt, None if item.picture is None else item.picture.sha256, item.row] for item in items]
     labels = {path.name: sha256_of(read_text(path)) for path in folder.iterdir()}
-    terms: Row = {"benchmark": settings.benchmark, "max_new_tokens": settings.answer_length}
+    terms: Record = {"benchmark": settings.benchmark, "max_new_tokens": settings.answer_length}
     if settings.judge is not None:
         judged = {"runs": settings.judge_runs, "swap": settings.judge_swap}
         terms["judge"] = recipe(settings.judge) | judged
@@ -258,7 +258,7 @@ def _ask(settings: ExamSettings, text: str, with_wish: str) -> str:
     return text if "\n" in text else with_wish
 
 
-def _row(id_: Any, image: str | None) -> Row:
+def _row(id_: Any, image: str | None) -> Record:
     return {"question_id": id_, "metadata": {} if image is None else {"image": image}}
 
 

@@ -15,7 +15,7 @@ from pydantic import Field
 from components.contract import Settings
 from components.evaluate.benchmarks.base import Scored
 from components.evaluate.bootstrap import DRAWS
-from components.evaluate.compare import Comparison, OtherQuestions, compare
+from components.evaluate.paired import Comparison, OtherQuestions, compare
 from llava.errors import RefusedInput
 
 

@@ -22,7 +22,7 @@ from pydantic import Field, field_validator
 
 from components.contract import Settings, refuse_secrets, run_field, without_secret
 from components.evaluate.benchmarks import llava_bench, scienceqa
-from components.evaluate.benchmarks.base import Row, by_id, read_object, read_rows, same_rows
+from components.evaluate.benchmarks.base import Record, by_id, read_object, read_rows, same_rows
 from components.evaluate.benchmarks.letters import letter
 from llava.errors import RefusedInput
 
@@ -59,10 +59,10 @@ class JudgeSettings(Settings):
 
 
 @dataclass(frozen=True)
-class Task:
+class JudgeTask:
     """One question for the judge."""
 
-    row: Row
+    row: Record
     """The line that is stored, without what the judge says; holds `question_id`."""
     text: str
 
@@ -85,7 +85,7 @@ Parse = Callable[[str | None], Any]
 
 def judge(
     settings: JudgeSettings,
-    tasks: Sequence[Task],
+    tasks: Sequence[JudgeTask],
     path: Path,
     parse: Parse,
     field: str | None = None,
@@ -150,7 +150,7 @@ def judge(
 
 def marks_tasks(
     questions: Path, context: Path, reference: Path, answers: Path, swapped: bool = False
-) -> list[Task]:
+) -> list[JudgeTask]:
     """LLaVA-Bench: question, notes on the picture, and both answers; the candidate second, or first if `swapped`.
 
     `context` rows hold `image` and `caption` or `captions` (and `instances` with boxes, or nothing).
@@ -175,26 +175,26 @@ def marks_tasks(
                   "category": row.get("category")} | ({"swapped": True} if swapped else {})  # fmt: skip
         parts = {"Notes on the picture": notes[str(row["image"])], "Question": row["text"],
                  "Answer 1": pair[0]["text"], "Answer 2": pair[1]["text"], "Task": _MARKS_WANTED}  # fmt: skip
-        tasks.append(Task(stored, _sections(parts)))
+        tasks.append(JudgeTask(stored, _sections(parts)))
     return tasks
 
 
-def answer_tasks(problems: Path, ids: Iterable[str]) -> list[Task]:
+def answer_tasks(problems: Path, ids: Iterable[str]) -> list[JudgeTask]:
     """ScienceQA for a text-only model: the problem as it stands."""
     rows = read_object(problems)
     return [
-        Task({"question_id": id_}, f"{scienceqa.prompt(rows[id_], 'QCM-LEA')}\n{_LETTER_WANTED}")
+        JudgeTask({"question_id": id_}, f"{scienceqa.prompt(rows[id_], 'QCM-LEA')}\n{_LETTER_WANTED}")
         for id_ in ids
     ]
 
 
 def verdict_tasks(
     problems: Path, ids: Iterable[str], own: Mapping[str, str], other: Mapping[str, str]
-) -> list[Task]:
+) -> list[JudgeTask]:
     """ScienceQA where two models differ: the problem and both answers."""
     rows = read_object(problems)
     return [
-        Task({"question_id": id_}, _sections({
+        JudgeTask({"question_id": id_}, _sections({
             "Problem": scienceqa.prompt(rows[id_], "QCM-LEA"), "Answer 1": own[id_], "Answer 2": other[id_],
             "Task": f"The answers differ or give no choice. Decide for yourself. {_LETTER_WANTED}",
         })) for id_ in ids
@@ -265,17 +265,17 @@ def _said(body: str) -> tuple[str | None, str | None]:
     return None, f"refusal: {refusal}" if refusal else "empty reply"
 
 
-def _replace(path: Path, rows: Iterable[Row]) -> None:
+def _replace(path: Path, rows: Iterable[Record]) -> None:
     beside = path.with_name(path.name + ".new")
     beside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     beside.replace(path)
 
 
-def _try(row: Mapping[str, Any]) -> Row:
+def _try(row: Mapping[str, Any]) -> Record:
     return {key: row[key] for key in ("content", "error") if row.get(key) is not None}
 
 
-def _notes(row: Row) -> str:
+def _notes(row: Record) -> str:
     """What is known of a picture as text: its captions, then a box per line."""
     said = row.get("captions") or row.get("caption") or []
     lines = [said] if isinstance(said, str) else [str(one) for one in said]

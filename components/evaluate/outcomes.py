@@ -10,7 +10,7 @@ from typing import Any
 
 from components.contract import Artifact
 from components.evaluate.benchmarks import Files, Scored, Unit, find
-from components.evaluate.compare import OtherQuestions
+from components.evaluate.paired import OtherQuestions
 from llava.errors import RefusedInput
 
 CONTAMINATION = "contamination.json"
@@ -64,11 +64,11 @@ def excluded(evaluation: Artifact, name: str) -> set[str]:
 def without(scored: Scored, names: Collection[str]) -> Scored:
     """The outcome over the questions that are not among `names`; what only all of them have (`extra`) is dropped."""
     kept = [
-        place for place, unit in enumerate(scored.units) if unit_name(scored.benchmark, unit) not in names
+        index for index, unit in enumerate(scored.units) if unit_name(scored.benchmark, unit) not in names
     ]
     if len(kept) == len(scored.units):
         return scored
-    units, gone = [scored.units[place] for place in kept], len(scored.units) - len(kept)
+    units, gone = [scored.units[index] for index in kept], len(scored.units) - len(kept)
     before = f"counted with the {gone:,} of {len(scored.units):,} that are left out"
     remarks = [f"{remark} ({before})" for remark in scored.remarks]
     return replace(scored, units=units, sums=scored.sums[kept], n=len(kept), remarks=remarks, extra={})

@@ -26,7 +26,7 @@ _TEXT = ("id", "conversations", "kinds")
 
 
 @dataclass(frozen=True)
-class Question:
+class HeldOutQuestion:
     """One held-out question about one picture."""
 
     id: str
@@ -62,7 +62,9 @@ def two_pictures(folder: Folder) -> None:
         raise RefusedInput(f"{folder.uri}: its {len(questions)} held-out questions {_ONE_PICTURE}")
 
 
-def read_questions(folder: Folder, limit: int | None, seed: int) -> tuple[list[Question], dict[str, int]]:
+def read_questions(
+    folder: Folder, limit: int | None, seed: int
+) -> tuple[list[HeldOutQuestion], dict[str, int]]:
     """The held-out questions, `limit` of them drawn by `seed`, and the rows that are no question, by reason.
 
     Only the drawn rows' pictures are read. Raises `RefusedInput` when there is no question at all.
@@ -108,7 +110,7 @@ def captioned(folder: Folder) -> list[dict[str, Any]]:
     return rows
 
 
-def wrong_pictures(questions: Sequence[Question], seed: int) -> list[int]:
+def wrong_pictures(questions: Sequence[HeldOutQuestion], seed: int) -> list[int]:
     """For each question the index of a question about another picture.
 
     A derangement of the distinct pictures: all questions about one picture get the same other one, every
@@ -125,7 +127,7 @@ def wrong_pictures(questions: Sequence[Question], seed: int) -> list[int]:
     return [first[following[question.picture]] for question in questions]
 
 
-def exam_digest(questions: Sequence[Question], wrong: Sequence[int], terms: dict[str, Any]) -> str:
+def exam_digest(questions: Sequence[HeldOutQuestion], wrong: Sequence[int], terms: dict[str, Any]) -> str:
     """Equal for two evaluations exactly when they asked the same, under the same `terms`."""
     rows = [
         [q.id, q.kind, q.question, q.expected, q.picture, questions[other].picture]
@@ -153,10 +155,10 @@ def _unfit(row: dict[str, Any]) -> str | None:
     return None
 
 
-def _question(row: dict[str, Any], image: bytes) -> Question:
+def _question(row: dict[str, Any], image: bytes) -> HeldOutQuestion:
     human, gpt = (turn["value"] for turn in row["conversations"])
     kind = (row["kinds"] or [None])[0] or NO_KIND
-    return Question(row["id"], kind, human.replace(IMAGE, "", 1).strip(), gpt, image)
+    return HeldOutQuestion(row["id"], kind, human.replace(IMAGE, "", 1).strip(), gpt, image)
 
 
 def _pictures(folder: Folder, positions: Sequence[int]) -> Iterator[bytes]:

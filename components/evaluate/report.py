@@ -14,9 +14,9 @@ from PIL import Image
 from components.evaluate import bootstrap
 from components.evaluate.answering import BLANK, RIGHT, WRONG
 from components.evaluate.benchmarks import Scored, find
-from components.evaluate.page import scores_table
-from components.evaluate.page import table as markdown
-from components.evaluate.scores import Answered, held_out_loss, score, score_by_kind
+from components.evaluate.heldout_scores import Answered, held_out_loss, score, score_by_kind
+from components.pages.markdown import scores_table
+from components.pages.markdown import table as markdown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,7 +38,7 @@ class Sample:
     expected: str
     answers: Mapping[str, tuple[str, bool | None]]
     """By condition: the text, and whether it is right (None where no answer is simply right)."""
-    place: tuple[str, int]
+    index: tuple[str, int]
     """Exam and number of the question."""
 
 
@@ -114,7 +114,7 @@ def bar_chart(rows: Sequence[Answered]) -> Figure:
     figure, axes = _axes(len(columns["kind"]))
     width = 0.27
     for offset, (condition, label) in enumerate(LABELS.items()):
-        places = [place + (offset - 1) * width for place in range(len(columns["kind"]))]
+        places = [index + (offset - 1) * width for index in range(len(columns["kind"]))]
         bars = axes.bar(places, columns[label], width, label=label, color=_BARS[condition])
         axes.bar_label(bars, fmt="%.0f", fontsize=7)
     names = [f"{kind}\n({n})" for kind, n in zip(columns["kind"], columns["questions"], strict=True)]
@@ -133,12 +133,12 @@ def score_chart(models: Mapping[str, Mapping[str, Scored]]) -> Figure:
     for offset, (model, found) in enumerate(models.items()):
         label: str | None = model.replace("$", r"\$")
         for benchmark, scored in found.items():
-            place = benchmarks.index(benchmark)
+            index = benchmarks.index(benchmark)
             headline = find(scored.benchmark).headline
             times = 100 if scored.benchmark == "captions" else 1
             low, high = (times * end for end in bootstrap.intervals(scored.sums, scored.formula)[headline])
             value = times * scored.scores[headline]
-            at = place + (offset - (len(models) - 1) / 2) * width
+            at = index + (offset - (len(models) - 1) / 2) * width
             axes.bar(at, value, width * 0.92, color=list(_BARS.values())[offset % len(_BARS)], label=label)
             label = None
             axes.plot([at, at], [low, high], color="black", linewidth=1)

@@ -11,7 +11,7 @@ from components.contract.secrets import refuse_secrets
 from components.evaluate.benchmarks import MAX_FAILED
 from components.evaluate.judge import JudgeSettings
 
-HELD_OUT = "vqa"
+HELD_OUT_EXAM = "vqa"
 """What the held-out questions are called in scores; they are judged as the benchmark `vqa` is."""
 
 _LENGTH = {"vqa": 16, "pope": 16, "captions": 64, "scienceqa": 512, "llava-bench": 1024}
@@ -126,10 +126,11 @@ class EvaluateSettings(Settings):
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
-        names = [HELD_OUT, *(exam.title for exam in self.benchmarks)]
+        names = [HELD_OUT_EXAM, *(exam.title for exam in self.benchmarks)]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(
-                f"benchmarks: {twice[0]!r} is taken ({HELD_OUT!r} are the held-out questions): give the entry a name"
+                f"benchmarks: {twice[0]!r} is taken ({HELD_OUT_EXAM!r} are the held-out questions): "
+                "give the entry a name"
             )
         return self

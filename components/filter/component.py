@@ -20,13 +20,13 @@ import pyarrow.parquet as pq
 from components.contract.component import Component, Job
 from components.contract.manifest import Artifact, FileEntry
 from components.contract.store import Folder
+from components.datasets.results import Refusals, ShardResult
+from components.datasets.tasks import ShardOutput, ShardTask, run_shards
 from components.filter.choice import Counts, Postings, by_rarity, choose, count, joined, look_up
 from components.filter.phrases import CACHE, Phrases, model_version, reader
-from components.filter.report import Choice, report
+from components.filter.report import PhraseChoice, report
 from components.filter.settings import FilterSettings
-from components.shard_results import Refusals, ShardResult
-from components.shard_tasks import ShardOutput, ShardTask, run_shards
-from components.spread import spread
+from components.ray_cluster.spread import spread
 from llava.data.schema import read_rows
 from llava.errors import RefusedInput
 
@@ -77,7 +77,7 @@ class Filter(Component):
         del found_in
         rows = choose(postings, vocabulary, settings.cap, settings.count_chosen, settings.seed)
         result = _write(job, files, sizes, np.flatnonzero(rows))
-        report(job, result, Choice(phrases, kept, postings, rows))
+        report(job, result, PhraseChoice(phrases, kept, postings, rows))
 
 
 def _files(dataset: Artifact, split: str) -> list[FileEntry]:

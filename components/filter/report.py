@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 from matplotlib.figure import Figure
 
-from components import html_page
 from components.contract.component import Job
+from components.datasets.results import ShardResult
 from components.filter.choice import Postings
-from components.shard_results import ShardResult
+from components.pages import html
 from llava.data.schema import SPLITS
 
 PAGE, PLOT = "report/filter.html", "report/phrases.png"
@@ -19,7 +19,7 @@ PHRASES_SHOWN = 40
 
 
 @dataclass(frozen=True)
-class Choice:
+class PhraseChoice:
     """What was chosen from what. `phrases`: all, `kept`: those that count, both `phrase` and `rows` by rarity;
     `rows`: (R,) bool, whether a row was chosen."""
 
@@ -46,7 +46,7 @@ class Choice:
         }
 
 
-def report(job: Job, result: ShardResult, choice: Choice) -> None:
+def report(job: Job, result: ShardResult, choice: PhraseChoice) -> None:
     """Fill the job's metrics and notes; write the page and the plot, and log both."""
     after, left_out = choice.after(), choice.left_out()
     rows = {split: result.rows(split) for split in SPLITS}
@@ -64,23 +64,23 @@ def report(job: Job, result: ShardResult, choice: Choice) -> None:
         "phrases": {"all": before, f"of at least {job.settings.min_count} captions": kept},
         "left_out": left_out,
     }
-    plot = html_page.drawn(frequencies(choice.phrases["rows"].to_numpy(), after))
+    plot = html.drawn(frequencies(choice.phrases["rows"].to_numpy(), after))
     frequent = choice.kept.num_rows - 1 - np.arange(min(PHRASES_SHOWN, kept))
-    page = html_page.page(
+    page = html.page(
         "Concept-balanced filter",
         [
-            html_page.table(
+            html.table(
                 {
                     "": ["rows", "noun phrases", f"noun phrases of at least {job.settings.min_count} captions"],
                     "before": [len(choice.rows), before, kept],
                     "after": [int(choice.rows.sum()), "", int((after > 0).sum())],
                 }
             ),
-            html_page.section("Rows left out", html_page.table({"why": [*left_out], "rows": [*left_out.values()]})),
-            html_page.section("Captions of each phrase", html_page.image(plot, "captions of each phrase, by rank")),
-            html_page.section(
+            html.section("Rows left out", html.table({"why": [*left_out], "rows": [*left_out.values()]})),
+            html.section("Captions of each phrase", html.image(plot, "captions of each phrase, by rank")),
+            html.section(
                 "The most frequent phrases",
-                html_page.table(
+                html.table(
                     {
                         "phrase": choice.kept["phrase"].take(frequent).to_pylist(),
                         "captions before": choice.kept["rows"].take(frequent).to_pylist(),
@@ -90,8 +90,8 @@ def report(job: Job, result: ShardResult, choice: Choice) -> None:
             ),
         ],
     )  # fmt: skip
-    html_page.publish(job, PAGE, page)
-    html_page.publish(job, PLOT, plot)
+    html.publish(job, PAGE, page)
+    html.publish(job, PLOT, plot)
     job.say(
         f"{int(choice.rows.sum()):,} of {len(choice.rows):,} rows chosen by {kept:,} of {before:,} noun phrases; "
         f"left out: {', '.join(f'{count:,} x {why}' for why, count in left_out.items() if count) or 'none'}"

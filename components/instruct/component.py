@@ -14,6 +14,8 @@ import pyarrow.parquet as pq
 from components.contract.component import Component, Job
 from components.contract.manifest import Artifact
 from components.contract.store import Folder
+from components.datasets.results import Refusals, note_refused
+from components.datasets.tasks import ShardOutput, ShardTask, run_shards
 from components.instruct.llm.checks import VERSION, language_is_known
 from components.instruct.llm.endpoint import read_key
 from components.instruct.llm.prompts import load_prompts
@@ -21,8 +23,6 @@ from components.instruct.llm.stage import answered_tasks
 from components.instruct.report import report
 from components.instruct.samples import heldout_row, measure, questions, samples, spread_over_kinds
 from components.instruct.settings import InstructSettings
-from components.shard_results import Refusals, note_refused
-from components.shard_tasks import ShardOutput, ShardTask, run_shards
 from llava.data.schema import TEXT_COLUMNS, Row, read_rows
 from llava.errors import RefusedInput
 

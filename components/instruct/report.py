@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
 from components.contract.component import Job
-from components.dataset_pictures import literal, sample_rows
-from components.shard_results import ShardResult
+from components.datasets.results import ShardResult
+from components.datasets.samples import literal, sample_rows
 from llava.data.images import decode
 from llava.data.schema import SPLITS, Row
 

@@ -10,10 +10,10 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from components.datasets.tasks import ShardOutput
 from components.instruct import rules
 from components.instruct.rules import Turn
 from components.instruct.settings import InstructSettings
-from components.shard_tasks import ShardOutput
 from llava.data.schema import Row, TurnCell
 
 SLOT = "<image>"
@@ -24,7 +24,7 @@ Objects = list[tuple[str, tuple[float, float, float, float]]]
 
 
 @dataclass(frozen=True)
-class Question:
+class WrittenQuestion:
     """One held-out question about photo number `photo`; `kind` is "" where nobody said."""
 
     photo: int
@@ -55,33 +55,33 @@ def samples(row: Row, settings: InstructSettings) -> Iterator[Row]:
                 break
 
 
-def questions(row: Row, photo: int, settings: InstructSettings) -> list[Question]:
+def questions(row: Row, photo: int, settings: InstructSettings) -> list[WrittenQuestion]:
     """Single questions about a held-out photo whose answer can be compared.
 
     A row that has conversations already gives its first pair of turns.
     """
     if row["conversations"]:
         first, answer = row["conversations"][:2]
-        return [Question(photo, 0, (row["kinds"] or [""])[0], (first, answer))]
+        return [WrittenQuestion(photo, 0, (row["kinds"] or [""])[0], (first, answer))]
     rng = random.Random(f"instruct held out {settings.seed} {row['id']}")
     turns = rules.conversation(*_known(row), rng, QUESTIONS_ASKED, settings.kinds)
     return [
-        Question(photo, number, turn.kind, (asked, told))
+        WrittenQuestion(photo, number, turn.kind, (asked, told))
         for number, turn in enumerate(turns)
         if turn.kind not in OPEN_KINDS
         for asked, told in [cells([turn], after=False)]
     ]
 
 
-def spread_over_kinds(candidates: Sequence[Question], count: int, seed: int) -> list[Question]:
+def spread_over_kinds(candidates: Sequence[WrittenQuestion], count: int, seed: int) -> list[WrittenQuestion]:
     """`count` of the candidates, as evenly over their kinds as they allow, in the order of the photos."""
     rng = random.Random(f"instruct choice {seed}")
-    by_kind: dict[str, list[Question]] = {}
+    by_kind: dict[str, list[WrittenQuestion]] = {}
     for question in candidates:
         by_kind.setdefault(question.kind, []).append(question)
     for found in by_kind.values():
         rng.shuffle(found)
-    chosen: list[Question] = []
+    chosen: list[WrittenQuestion] = []
     while len(chosen) < count and any(by_kind.values()):
         for kind in sorted(by_kind):
             if by_kind[kind] and len(chosen) < count:
@@ -89,7 +89,7 @@ def spread_over_kinds(candidates: Sequence[Question], count: int, seed: int) -> 
     return sorted(chosen, key=lambda question: (question.photo, question.number))
 
 
-def heldout_row(row: Row, question: Question) -> Row:
+def heldout_row(row: Row, question: WrittenQuestion) -> Row:
     """The row of one held-out question."""
     if row["conversations"]:
         return row | {

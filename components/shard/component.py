@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 from components.contract.component import Component, Job, recipe
 from components.contract.digest import canonical_json, sha256_of
 from components.contract.manifest import Artifact
+from components.datasets.results import Refusals, note_refused
+from components.datasets.tasks import ShardOutput, ShardTask, run_shards
 from components.shard.report import report
 from components.shard.settings import ShardSettings
 from components.shard.sources import SOURCES, outcomes
 from components.shard.sources.base import Loaded, RefusedSample
-from components.shard_results import Refusals, note_refused
-from components.shard_tasks import ShardOutput, ShardTask, run_shards
 from llava.data.schema import images_of
 from llava.errors import RefusedInput
 
@@ -60,7 +60,7 @@ class Shard(Component):
             raise RefusedInput(f"shard.source={settings.source}: {settings.path} lists no samples")
         tasks = [
             ShardTask(
-                f"part-{part:05d}", part, samples, _write_shard, (settings, listing.place, items), _made_of
+                f"part-{part:05d}", part, samples, _write_shard, (settings, listing.shared, items), _made_of
             )
             for part, (items, samples) in enumerate(listing.shards(settings.rows_per_shard))
         ]
@@ -80,18 +80,18 @@ class Shard(Component):
 
 def _made_of(arguments: tuple[ShardSettings, Any, Sequence[Any]]) -> str:
     """Hex sha256 of the component's version, of the recipe for a row and of what each row is made of."""
-    settings, place, items = arguments
+    settings, shared, items = arguments
     rows = {name: value for name, value in recipe(settings).items() if name not in _PARTITION}
     digest = hashlib.sha256(canonical_json([Shard.name, Shard.version, rows]))
-    for one in SOURCES[settings.source].made_of(settings, place, items):
+    for one in SOURCES[settings.source].made_of(settings, shared, items):
         told = repr(one).encode()
         digest.update(len(told).to_bytes(8, "little") + told)
     return digest.hexdigest()
 
 
 def _write_shard(output: ShardOutput, arguments: tuple[ShardSettings, Any, Sequence[Any]]) -> None:
-    settings, place, items = arguments
-    for outcome in outcomes(settings, place, items, output.kept):
+    settings, shared, items = arguments
+    for outcome in outcomes(settings, shared, items, output.kept):
         if isinstance(outcome, RefusedSample):
             output.refuse(outcome.name, outcome.reason, str(outcome))
         else:

@@ -14,12 +14,12 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from components import html_page
 from components.contract.component import Job
-from components.html_page import Html
+from components.datasets.results import IDS_IN_NOTES, ShardResult
+from components.pages import html
+from components.pages.html import Html
+from components.ray_cluster.spread import spread
 from components.shard.fingerprints import CACHE, PICTURES, Fingerprints, groups, near
-from components.shard_results import IDS_IN_NOTES, ShardResult
-from components.spread import spread
 from llava.data.images import Limits, read_size, thumbnail
 from llava.data.schema import SPLITS, Row, images_of
 
@@ -135,7 +135,7 @@ def page(result: ShardResult, rows: Sequence[Row], quality: Quality | None) -> b
     reasons = sorted(refused, key=lambda reason: -len(refused[reason]))
     size = sum(file["size"] for file in result.files)
     parts = [
-        html_page.table(
+        html.table(
             {
                 "": [*SPLITS, "refused", "files", "MiB"],
                 "samples": [
@@ -146,9 +146,9 @@ def page(result: ShardResult, rows: Sequence[Row], quality: Quality | None) -> b
                 ],
             }
         ),
-        html_page.section(
+        html.section(
             "Refused samples",
-            html_page.table(
+            html.table(
                 {
                     "why": reasons,
                     "samples": [len(refused[reason]) for reason in reasons],
@@ -156,7 +156,7 @@ def page(result: ShardResult, rows: Sequence[Row], quality: Quality | None) -> b
                 }
             )
             if reasons
-            else html_page.text("none"),
+            else html.text("none"),
         ),
     ]
     if quality is not None:
@@ -165,12 +165,12 @@ def page(result: ShardResult, rows: Sequence[Row], quality: Quality | None) -> b
         (preview(cells[0]["bytes"], PREVIEW) if (cells := images_of(row)) else None, _said(row))
         for row in rows
     ]
-    parts.append(html_page.section("Samples", html_page.sheet(pictures)))
+    parts.append(html.section("Samples", html.sheet(pictures)))
     figures = result.figures()
     parts.append(
-        html_page.section(
+        html.section(
             "Figures",
-            html_page.table(
+            html.table(
                 {
                     "": [*figures],
                     **{
@@ -181,31 +181,25 @@ def page(result: ShardResult, rows: Sequence[Row], quality: Quality | None) -> b
             ),
         )
     )
-    return html_page.page("Quality of the dataset", parts)  # fmt: skip
+    return html.page("Quality of the dataset", parts)  # fmt: skip
 
 
 def _second_look(quality: Quality) -> list[Html]:
     counts = quality.counts()
     parts = [
-        html_page.section("Width, px", html_page.histogram(quality.numbers("width"), "px")),
-        html_page.section("Height, px", html_page.histogram(quality.numbers("height"), "px")),
-        html_page.section("Picture file, KiB", html_page.histogram(quality.numbers("bytes") / 1024, "KiB")),
-        html_page.section(
-            "Words of a sample's texts", html_page.histogram(quality.numbers("words"), "words")
-        ),
-        html_page.section("Duplicates", html_page.table({"": [*counts], "how many": [*counts.values()]})),
+        html.section("Width, px", html.histogram(quality.numbers("width"), "px")),
+        html.section("Height, px", html.histogram(quality.numbers("height"), "px")),
+        html.section("Picture file, KiB", html.histogram(quality.numbers("bytes") / 1024, "KiB")),
+        html.section("Words of a sample's texts", html.histogram(quality.numbers("words"), "words")),
+        html.section("Duplicates", html.table({"": [*counts], "how many": [*counts.values()]})),
     ]
     if quality.in_both:
         some = quality.pictures["id"].take(quality.in_both[:GROUPS_SHOWN]).to_pylist()
-        parts.append(html_page.section("Pictures in both splits", html_page.table({"such as": some})))
+        parts.append(html.section("Pictures in both splits", html.table({"such as": some})))
     if quality.same:
-        parts.append(
-            html_page.section("The same pictures and texts", html_page.table(quality.ids(quality.same)))
-        )
+        parts.append(html.section("The same pictures and texts", html.table(quality.ids(quality.same))))
     if quality.alike:
-        parts.append(
-            html_page.section("Pictures that look alike", html_page.table(quality.ids(quality.alike)))
-        )
+        parts.append(html.section("Pictures that look alike", html.table(quality.ids(quality.alike))))
     return parts
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from components import html_page
 from components.contract.component import Job
-from components.dataset_pictures import literal, sample_rows
+from components.datasets.results import ShardResult
+from components.datasets.samples import literal, sample_rows
+from components.pages import html
 from components.shard.quality import examine, note_quality, page, preview
-from components.shard_results import ShardResult
 from llava.data.schema import SPLITS, Row
 
 PAGE, SHEET = "report/quality.html", "report/samples.png"
@@ -49,8 +49,8 @@ def report(job: Job, result: ShardResult) -> None:
     if quality is not None:
         note_quality(job, quality)
     samples = sample_rows(job.folder, result, SHEET_COLUMNS * SHEET_ROWS)
-    html_page.publish(job, SHEET, html_page.drawn(contact_sheet(samples)))
-    html_page.publish(job, PAGE, page(result, samples, quality))
+    html.publish(job, SHEET, html.drawn(contact_sheet(samples)))
+    html.publish(job, PAGE, page(result, samples, quality))
     if categories:
         table: dict[str, list[Any]] = {"category": [*categories], "objects": [*categories.values()]}
         job.run.table(table, "categories.json")

@@ -23,7 +23,7 @@ from components.contract import (
     sha256_of,
 )
 from components.training.settings import Extra
-from llava import conversation, pieces, templates
+from llava import conversation, templates, text_tokenizer
 from llava import model as models
 from llava.conversation import Encoder
 from llava.data import plan, samples
@@ -32,14 +32,14 @@ from llava.data.reader import Mixture, ParquetRows
 from llava.data.samples import VIEWS
 from llava.errors import RefusedInput
 
-MODEL, INDEX, HELDOUT = "model", "index.npz", "heldout.npz"
+MODEL, INDEX, HELD_OUT_INDEX = "model", "index.npz", "heldout.npz"
 LENGTHS = "lengths"
 _COVERAGE = "coverage.json"
 _TOKENIZER = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template")
 
 
 @dataclass(frozen=True)
-class Source:
+class DatasetFiles:
     """One dataset's files of one split; it can be pickled."""
 
     folder: Folder
@@ -53,13 +53,13 @@ class Source:
         return ParquetRows(filesystem, [f"{base}/{key}" for key in self.keys], VIEWS[view][1])
 
 
-def source_of(dataset: Artifact, split: str = "train") -> Source:
+def source_of(dataset: Artifact, split: str = "train") -> DatasetFiles:
     """The files of one split of a dataset artifact."""
     keys = [file.path for file in dataset.manifest.files]
-    return Source(dataset.folder, dataset.digest, _parquet(keys, f"{split}/"))
+    return DatasetFiles(dataset.folder, dataset.digest, _parquet(keys, f"{split}/"))
 
 
-def extra_sources(stage: str, extra: Sequence[Extra]) -> list[Source]:
+def extra_sources(stage: str, extra: Sequence[Extra]) -> list[DatasetFiles]:
     """The training files of the further datasets of a stage; RefusedInput for one that is not there."""
     found = []
     for one in extra:
@@ -69,7 +69,7 @@ def extra_sources(stage: str, extra: Sequence[Extra]) -> list[Source]:
         else:
             keys = [entry.key for entry in folder.list()]
             digest = fingerprint(one.uri) if keys else ""
-            source = Source(folder, digest, _parquet(keys, "train/") or _parquet(keys, ""))
+            source = DatasetFiles(folder, digest, _parquet(keys, "train/") or _parquet(keys, ""))
         if not source.keys:
             raise RefusedInput(
                 f"{stage}.extra: {one.uri} holds no Parquet file for training, neither in train/ nor at its top"
@@ -103,7 +103,7 @@ def check(stage: str, settings: Any, dataset: Artifact, view: str) -> None:
         )
 
 
-def open_all(sources: Sequence[Source], view: str) -> Mixture:
+def open_all(sources: Sequence[DatasetFiles], view: str) -> Mixture:
     """All datasets as one."""
     return Mixture([(source.open(view), source.weight) for source in sources])
 
@@ -117,7 +117,7 @@ def measure(job: Job, view: str) -> Coverage:
     dataset = job.inputs["dataset"]
     indices, coverage, starts = [], Coverage(), 0
     each: list[dict[str, Any]] = []
-    for source in [source_of(dataset), *extra_sources(job.prefix, job.settings.extra)]:
+    for source in [source_of(dataset), *extra_sources(job.component, job.settings.extra)]:
         index, found = lengths.of(source)
         _enough(job, source, found)
         indices.append(replace(index, group=index.group + starts))
@@ -131,10 +131,10 @@ def measure(job: Job, view: str) -> Coverage:
         index, _ = lengths.of(source_of(dataset, "heldout"))
         if not len(index):
             raise RefusedInput(
-                f"{job.prefix}.eval_every: no held-out sample of {dataset.uri} can be measured; set it to 0"
+                f"{job.component}.eval_every: no held-out sample of {dataset.uri} can be measured; set it to 0"
             )
         shuffled = np.random.Generator(np.random.Philox(key=job.settings.seed)).permutation(len(index))
-        _keep(job, index.only(np.sort(shuffled[: job.settings.eval_samples])), HELDOUT)
+        _keep(job, index.only(np.sort(shuffled[: job.settings.eval_samples])), HELD_OUT_INDEX)
     if job.settings.extra:
         job.notes["coverage_by_dataset"] = each
     job.say(_told(coverage))
@@ -153,7 +153,7 @@ def _keep(job: Job, index: SampleIndex, name: str) -> None:
     job.folder.upload(job.scratch / name, name)
 
 
-def _enough(job: Job, source: Source, coverage: Coverage) -> None:
+def _enough(job: Job, source: DatasetFiles, coverage: Coverage) -> None:
     """Fail where too many samples of a dataset are lost or cut."""
     settings, where = job.settings, source.folder.uri
     if not coverage.samples or coverage.lost > settings.max_lost:
@@ -162,13 +162,13 @@ def _enough(job: Job, source: Source, coverage: Coverage) -> None:
         raise RefusedInput(
             f"dataset {where}: {coverage.lost:.1%} of the samples cannot be trained on "
             f"({reasons or 'it holds no samples for this stage'}; {examples}); "
-            f"the limit is {job.prefix}.max_lost={settings.max_lost:.1%}"
+            f"the limit is {job.component}.max_lost={settings.max_lost:.1%}"
         )
     if coverage.truncated > settings.max_truncated * coverage.samples:
         raise RefusedInput(
             f"dataset {where}: {coverage.truncated / coverage.samples:.1%} of the samples are "
-            f"longer than {job.prefix}.max_length={settings.max_length} and would lose their ends; "
-            f"the limit is {job.prefix}.max_truncated={settings.max_truncated:.1%}"
+            f"longer than {job.component}.max_length={settings.max_length} and would lose their ends; "
+            f"the limit is {job.component}.max_truncated={settings.max_truncated:.1%}"
         )
 
 
@@ -193,20 +193,22 @@ class _Lengths:
             "max_length": settings.max_length,
             "view": view,
             # Whatever changes how samples are encoded changes their lengths.
-            "code": [_source_digest(module) for module in (conversation, pieces, templates, samples, plan)],
+            "code": [
+                _source_digest(module) for module in (conversation, text_tokenizer, templates, samples, plan)
+            ],
         }
 
-    def of(self, source: Source) -> tuple[SampleIndex, Coverage]:
+    def of(self, source: DatasetFiles) -> tuple[SampleIndex, Coverage]:
         """Lengths and coverage of one dataset."""
         key = sha256_of({**self._known, "dataset": source.digest, "files": list(source.keys)})
-        place, local = self._job.workspace.store.sub(f"{LENGTHS}/{key[:16]}"), self._job.scratch / key[:16]
-        if found := place.fetch(_COVERAGE):
-            place.download(INDEX, local)
+        folder, local = self._job.workspace.store.sub(f"{LENGTHS}/{key[:16]}"), self._job.scratch / key[:16]
+        if found := folder.fetch(_COVERAGE):
+            folder.download(INDEX, local)
             return SampleIndex.load(local), Coverage.from_bytes(found[0])
         index, coverage = scan(source.open(self._view), self._view, self._encoder)
         index.save(local)
-        place.upload(local, INDEX)
-        place.write(_COVERAGE, coverage.to_bytes())
+        folder.upload(local, INDEX)
+        folder.write(_COVERAGE, coverage.to_bytes())
         return index, coverage
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
-from llava.data.collate import Row
+from llava.data.collate import PackedRow
 from llava.training.engine import AdamW, TrainingState, set_rate, trainable
 
 
@@ -34,7 +34,7 @@ class DeepSpeedEngine:
         module: nn.Module,
         adamw: AdamW,
         config: dict[str, Any],
-        blank_row: Row,
+        blank_row: PackedRow,
     ):
         """`config`: see `deepspeed_config`; `blank_row`: a row with nothing supervised, which brings the
         optimizer's state into being on restore."""
@@ -53,7 +53,7 @@ class DeepSpeedEngine:
         self.rank, self.world = distributed.get_rank(), distributed.get_world_size()
         self.device = torch.device(self._ds.device)
 
-    def loss(self, row: Row) -> torch.Tensor:
+    def loss(self, row: PackedRow) -> torch.Tensor:
         return self._ds(row)
 
     def backward(self, loss_sum: torch.Tensor, supervised: int, last: bool) -> None:

@@ -69,7 +69,7 @@ def curves(stage: str, artifact: Artifact) -> list[tuple[str, float, int, int]]:
     ]
 
 
-class Courier:
+class MetricSender:
     """Talks to MLflow in a thread, so that training never waits for it."""
 
     def __init__(self, run: TrackedRun) -> None:

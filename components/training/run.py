@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from ray.train import get_context
@@ -15,20 +15,18 @@ from torch import distributed
 
 from components.contract import TrackedRun
 from components.training import checkpoints
+from components.training.board import Progress, ProgressClient
 from components.training.profiling import Trace
-from components.training.progress import Standing, Teller
-from components.training.record import HISTORY, SAMPLES, Courier, Entry, lines, parse
+from components.training.record import HISTORY, SAMPLES, Entry, MetricSender, lines, parse
+from components.training.task import Task
 from components.training.utilisation import Utilisation
 from llava import lora
 from llava import model as models
-from llava.data.plan import Plan
+from llava.data.plan import BatchPlan
 from llava.training import checkpoint as files
 from llava.training.engine import Engine
 from llava.training.guards import SpikeGuard
 from llava.training.loop import StepReport, gathered
-
-if TYPE_CHECKING:
-    from components.training.worker import Task
 
 MODEL = "model"
 TRACE = "profile/trace.json.gz"
@@ -43,9 +41,9 @@ class Run:
 
     def __init__(
         self,
-        task: "Task",
+        task: Task,
         engine: Engine,
-        plan: Plan,
+        plan: BatchPlan,
         scratch: Path,
         identity: dict[str, Any],
         utilisation: Utilisation | None,
@@ -62,12 +60,12 @@ class Run:
         self._own: list[list[str]] = []
         """This rank's samples of each step since the last save."""
         self._guard = SpikeGuard(self.settings.spike_factor)
-        self._teller = Teller(task.board)
+        self._client = ProgressClient(task.progress_actor)
         self._last = dict.fromkeys(("asked", "sent", "shown"), 0.0)
         self._saver = checkpoints.Saver(task.folder, task.guard, self.settings.keep_checkpoints, scratch)
-        self._courier = Courier(TrackedRun.attach(task.tracking_uri, task.mlflow_run_id))
+        self._sender = MetricSender(TrackedRun.attach(task.tracking_uri, task.mlflow_run_id))
         self._trace = Trace(scratch / "trace.json.gz") if self.chief and self.settings.profile else None
-        self._orders = Orders(self._teller) if self.chief else None
+        self._orders = StopListener(self._client) if self.chief else None
 
     def resume(self) -> int:
         """Continue from the newest committed checkpoint; returns the steps done."""
@@ -82,7 +80,7 @@ class Run:
             self.samples = parse((local / SAMPLES).read_bytes())
         self._guard = SpikeGuard(self.settings.spike_factor, [entry["train/loss"] for entry in self.history])
         if self.chief:
-            self._teller.note(f"resuming after step {position.step} of {self.plan.steps}")
+            self._client.note(f"resuming after step {position.step} of {self.plan.steps}")
         return position.step
 
     def say(self) -> int:
@@ -100,7 +98,7 @@ class Run:
         if self.chief and self._due("shown", _BETWEEN_SHOWING):
             self._show(report)
         if self.chief and self._due("sent", _BETWEEN_METRICS):
-            self._courier.send(self.history)
+            self._sender.send(self.history)
         if self._trace is not None:
             self._trace.step()
         if report.step == self.plan.steps:
@@ -110,7 +108,7 @@ class Run:
             self._save(report.step)
         if self.stopped and self.chief:
             self._saver.wait()
-            self._teller.stopped(report.step)
+            self._client.stopped(report.step)
         return self.stopped
 
     def finish(self, source: Path) -> None:
@@ -149,7 +147,7 @@ class Run:
     def close(self) -> None:
         """However the run ends: let go of its threads; a checkpoint that is under way arrives."""
         self._saver.close()
-        self._courier.close()
+        self._sender.close()
         if self._orders is not None:
             self._orders.close()
 
@@ -183,15 +181,15 @@ class Run:
         loss = self.heldout()
         self.history[-1][HELDOUT_LOSS] = loss
         if self.chief:
-            self._teller.note(f"step {step}: held-out loss {loss:.3f}")
+            self._client.note(f"step {step}: held-out loss {loss:.3f}")
 
     def _name_samples(self, report: StepReport, entry: Entry, median: float) -> None:
         ids = [name for each in gathered(self.engine, report.ids) for name in each]
         entry["spike"] = {"median": median, "samples": ids}
         if self.chief:
             told = f"loss {report.loss:.3f}, the median is {median:.3f}; samples {', '.join(ids)}"
-            self._teller.note(f"step {report.step}: {told}")
-            self._courier.tag({f"spike.step_{report.step}": told})
+            self._client.note(f"step {report.step}: {told}")
+            self._sender.tag({f"spike.step_{report.step}": told})
 
     def _asked_to_stop(self, word: int) -> bool:
         if word != ASK:
@@ -201,7 +199,7 @@ class Run:
         # A barrier: all ranks are here, because they all heard the word.
         info = train.get_preemption_info()
         if info is not None and self.chief:
-            self._teller.note(f"nodes are being taken away: {', '.join(info.preempted_node_ids)}")
+            self._client.note(f"nodes are being taken away: {', '.join(info.preempted_node_ids)}")
         return info is not None
 
     def _save(self, step: int) -> None:
@@ -235,8 +233,8 @@ class Run:
             return sum(entry[name] for entry in recent) / len(recent)
 
         last = self.history[-1]
-        self._teller.put(
-            Standing(
+        self._client.put(
+            Progress(
                 step=report.step,
                 steps=self.plan.steps,
                 loss=mean("train/loss"),
@@ -267,12 +265,12 @@ class Run:
         return box[0]
 
 
-class Orders:
+class StopListener:
     """Hears from the driver, in a thread of rank 0, that the run shall save and leave."""
 
-    def __init__(self, teller: Teller, every: float = 0.5):
+    def __init__(self, client: ProgressClient, every: float = 0.5):
         self.stop = threading.Event()
-        self._teller, self._every = teller, every
+        self._client, self._every = client, every
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._listen, name="orders", daemon=True)
         self._thread.start()
@@ -284,6 +282,6 @@ class Orders:
 
     def _listen(self) -> None:
         while not self._over.wait(self._every):
-            if self._teller.stopping():
+            if self._client.stopping():
                 self.stop.set()
                 return

@@ -3,29 +3,28 @@
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from components.contract import Artifact, Folder, Guard, StoreError
-from components.training.data import HELDOUT, INDEX, Source, open_all, source_of
+from components.contract import StoreError
+from components.training.board import ProgressClient
+from components.training.data import HELD_OUT_INDEX, INDEX, open_all, source_of
 from components.training.deepspeed_engine import DeepSpeedEngine, prepare_environment
-from components.training.progress import Teller
 from components.training.run import MODEL, Run
 from components.training.settings import TrainSettings
+from components.training.task import Task
 from components.training.utilisation import utilisation
 from llava import lora
 from llava import model as models
 from llava.conversation import Encoder
 from llava.data.collate import Collator
 from llava.data.images import BadImage
-from llava.data.plan import Plan, SampleIndex
+from llava.data.plan import BatchPlan, SampleIndex
 from llava.errors import LlavaError
 from llava.pixels import Pixels
-from llava.sizes import Training
 from llava.training import memory
 from llava.training.checkpoint import frozen_digest
 from llava.training.engine import AdamW, Engine, PlainEngine
@@ -33,39 +32,10 @@ from llava.training.heldout import heldout_loss
 from llava.training.loop import Schedule, train
 
 
-@dataclass(frozen=True)
-class Task:
-    """What a worker is told; everything in it can be pickled."""
-
-    settings: TrainSettings
-    parts: tuple[str, ...]
-    """What trains: "projector", "language_model" (with `settings.lora` its adapters)."""
-    view: str
-    model: Artifact
-    dataset: Artifact
-    extra: tuple[Source, ...]
-    """Further datasets."""
-    folder: Folder
-    guard: Guard
-    tracking_uri: str
-    mlflow_run_id: str
-    board: Any
-    """The `Board` actor."""
-    deepspeed: dict[str, Any]
-    """DeepSpeed's configuration, the user's JSON included."""
-
-    @property
-    def training(self) -> Training:
-        """What of the language model learns."""
-        if "language_model" not in self.parts:
-            return "frozen"
-        return "lora" if self.settings.lora else "full"
-
-
 def work(task: Task) -> None:
     """The train function of Ray Train: all workers run it together, from the start after each loss of one."""
-    teller = Teller(task.board)
-    if teller.failure():
+    client = ProgressClient(task.progress_actor)
+    if client.failure():
         return
     try:
         _work(task)
@@ -73,8 +43,8 @@ def work(task: Task) -> None:
         # A store that is away for a moment: starting again may help.
         raise
     except LlavaError as error:
-        place = f"dataset {task.dataset.uri}: " if isinstance(error.__cause__, BadImage) else ""
-        teller.fail(f"{place}{error}", error.exit_status)
+        dataset = f"dataset {task.dataset.uri}: " if isinstance(error.__cause__, BadImage) else ""
+        client.fail(f"{dataset}{error}", error.exit_status)
         raise
 
 
@@ -118,7 +88,7 @@ class _Setup:
         task.folder.download(INDEX, scratch / INDEX)
         index = SampleIndex.load(scratch / INDEX)
         rows = open_all([source_of(task.dataset), *task.extra], task.view)
-        self.plan = Plan(
+        self.plan = BatchPlan(
             index,
             settings.seed,
             settings.epochs,
@@ -144,8 +114,10 @@ class _Setup:
         self.engine = _engine(settings, module, task.deepspeed, self.collator)
         self.heldout: Callable[[], float] | None = None
         if settings.eval_every:
-            task.folder.download(HELDOUT, scratch / HELDOUT)
-            plan = Plan(SampleIndex.load(scratch / HELDOUT), settings.seed, 1.0, settings.global_batch)
+            task.folder.download(HELD_OUT_INDEX, scratch / HELD_OUT_INDEX)
+            plan = BatchPlan(
+                SampleIndex.load(scratch / HELD_OUT_INDEX), settings.seed, 1.0, settings.global_batch
+            )
             unseen = source_of(task.dataset, "heldout").open(task.view)
             # Of its own: both collators work at the same time, and a tokenizer changes while it does.
             own = self._encoder(models.load_processor(self.source), stock.config)

@@ -14,10 +14,10 @@ import torch
 
 from llava.attention import Segments, segments
 from llava.conversation import IGNORE, Encoded, Encoder
-from llava.data import place
+from llava.data import placement
 from llava.data.images import BadImage, decode
-from llava.data.place import FILLER
-from llava.data.plan import Plan
+from llava.data.placement import FILLER
+from llava.data.plan import BatchPlan
 from llava.data.reader import Rows
 from llava.data.samples import VIEWS
 from llava.data.schema import images_of
@@ -31,7 +31,7 @@ LOOK_AHEAD = 8
 
 
 @dataclass
-class Row:
+class PackedRow:
     """Several samples one after the other; each attends to itself only."""
 
     input_ids: torch.Tensor
@@ -48,16 +48,16 @@ class Row:
     targets: torch.Tensor
     """(K,) those next tokens."""
 
-    def to(self, device: torch.device | str) -> "Row":
+    def to(self, device: torch.device | str) -> "PackedRow":
         """The same on another device."""
-        return Row(**{name: value.to(device) for name, value in vars(self).items()})
+        return PackedRow(**{name: value.to(device) for name, value in vars(self).items()})
 
 
 @dataclass
 class Step:
     """One rank's part of a global batch."""
 
-    rows: list[Row]
+    rows: list[PackedRow]
     supervised: int
     """Supervised tokens of the whole global batch, over all ranks."""
     tokens: int
@@ -72,13 +72,13 @@ class Collator:
     """Reads, encodes and packs the samples of a step for one rank."""
 
     def __init__(
-        self, rows: Rows, view: str, encoder: Encoder, pixels: Pixels, plan: Plan, tokens_per_row: int
+        self, rows: Rows, view: str, encoder: Encoder, pixels: Pixels, plan: BatchPlan, tokens_per_row: int
     ):
         self.rows, self.encoder, self.pixels, self.plan = rows, encoder, pixels, plan
         self.samples_of = VIEWS[view][0]
         self.tokens_per_row = tokens_per_row
         self._decoders = ThreadPoolExecutor(DECODERS, "decode")
-        self._places: dict[tuple[int, int, int], place.Rows] = {}
+        self._places: dict[tuple[int, int, int], placement.Rows] = {}
 
     def step(self, number: int, rank: int, world: int) -> Step:
         """What `rank` of `world` computes in step `number`."""
@@ -132,7 +132,7 @@ class Collator:
             kept |= groups.keys()
         self.rows.keep_only(kept)
 
-    def _placed(self, number: int, rank: int, world: int) -> place.Rows:
+    def _placed(self, number: int, rank: int, world: int) -> placement.Rows:
         """This rank's rows of a step; the last few are kept, since they are asked for ahead of time."""
         key = (number, rank, world)
         if key not in self._places:
@@ -160,11 +160,11 @@ class Collator:
             )
         return encoded
 
-    def blank_row(self) -> Row:
+    def blank_row(self) -> PackedRow:
         """A row with an image and nothing supervised."""
         return self._row([], [])
 
-    def _row(self, encoded: list[Encoded], images: list[np.ndarray]) -> Row:
+    def _row(self, encoded: list[Encoded], images: list[np.ndarray]) -> PackedRow:
         if not images:
             # Every row runs the vision tower and the projector, so that no rank waits for another in ZeRO-3.
             # One slot is enough for the graph; the model lets the blank image's other features go.
@@ -174,7 +174,7 @@ class Collator:
         # A label belongs to the position before it; the first label of a sample has none.
         shifted = torch.tensor([label for sample in encoded for label in [*sample.labels[1:], IGNORE]])
         predict = (shifted != IGNORE).nonzero().squeeze(1)
-        return Row(
+        return PackedRow(
             input_ids=ids,
             position_ids=torch.cat([torch.arange(len(sample.ids)) for sample in encoded]),
             segments=segments([len(sample.ids) for sample in encoded]),

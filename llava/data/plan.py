@@ -1,7 +1,7 @@
 """How long every sample is, which samples make a global batch, and where they are computed.
 
 A global batch is a list of samples. Its order comes from (seed, epoch, position) alone (`llava/data/order.py`).
-Ranks, rows and packing only decide where a sample is computed (`llava/data/place.py`), so the same seed gives the
+Ranks, rows and packing only decide where a sample is computed (`llava/data/placement.py`), so the same seed gives the
 same samples per step on any number of workers.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from llava.conversation import BadSample, Encoder
-from llava.data import place
+from llava.data import placement
 from llava.data.order import Epoch, epoch_order, times_seen
 from llava.data.reader import Rows
 from llava.data.samples import VIEWS
@@ -143,7 +143,7 @@ def scan(rows: Rows, view: str, encoder: Encoder) -> tuple[SampleIndex, Coverage
 
 
 @dataclass
-class Plan:
+class BatchPlan:
     """The order of all steps of a run, over `index`."""
 
     index: SampleIndex
@@ -178,7 +178,7 @@ class Plan:
         number, first, last = self._where(step)
         return self._epoch(number).order[first:last]
 
-    def place(self, step: int, ranks: int, tokens_per_row: int) -> list[place.Rows]:
+    def place(self, step: int, ranks: int, tokens_per_row: int) -> list[placement.Rows]:
         """Where the samples of a step are computed: `[rank][row]` -> positions in `samples(step)`."""
         number, first, last = self._where(step)
         chosen = self.samples(step)
@@ -187,9 +187,9 @@ class Plan:
             self._homes_of(number, window, ranks)[group]
             for window, group in zip(windows, self.index.group[chosen].tolist(), strict=True)
         ]
-        where = place.balance(self._cost(chosen).tolist(), choices, ranks)
+        where = placement.balance(self._cost(chosen).tolist(), choices, ranks)
         members = [[position for position, one in enumerate(where) if one == rank] for rank in range(ranks)]
-        return place.pack(self.index.tokens[chosen], self.index.images[chosen], members, tokens_per_row)
+        return placement.pack(self.index.tokens[chosen], self.index.images[chosen], members, tokens_per_row)
 
     def open_groups(self, step: int) -> set[int]:
         """Row groups of the windows that a step draws from."""
@@ -218,7 +218,7 @@ class Plan:
             held = epoch.order[epoch.edges[window] : epoch.edges[window + 1]]
             groups, of_entry = np.unique(self.index.group[held], return_inverse=True)
             loads = np.bincount(of_entry, self._cost(held), minlength=len(groups))
-            found = dict(zip(groups.tolist(), place.homes(loads.tolist(), ranks), strict=True))
+            found = dict(zip(groups.tolist(), placement.homes(loads.tolist(), ranks), strict=True))
             self._homes[number, window, ranks] = found
         return found
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import distributed, nn
 
-from llava.data.collate import Row
+from llava.data.collate import PackedRow
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Engine(Protocol):
     world: int
     device: torch.device
 
-    def loss(self, row: Row) -> torch.Tensor:
+    def loss(self, row: PackedRow) -> torch.Tensor:
         """The loss summed over the row's supervised tokens, a scalar."""
         ...
 
@@ -108,7 +108,7 @@ class PlainEngine:
         self.optimizer = adamw.build(self.named)
         self.updates = 0
 
-    def loss(self, row: Row) -> torch.Tensor:
+    def loss(self, row: PackedRow) -> torch.Tensor:
         return self.module(row)
 
     def backward(self, loss_sum: torch.Tensor, supervised: int, last: bool) -> None:

@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 from benchmarks import reader, shard
 from benchmarks.data_plane.photos import files, make_photos
 from llava.data.images import decode
+from tests.support.repository import REPOSITORY
 
-ROOT = Path(__file__).parents[2]
+ROOT = REPOSITORY
 
 
 def test_both_ways_to_shards_hold_the_photos_with_their_own_bytes(tmp_path: Path) -> None:

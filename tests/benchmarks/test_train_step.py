@@ -17,8 +17,9 @@ from benchmarks.training_step.layout import MasterAdamW, MixedAdamW, expected_me
 from llava.estimate import GIB
 from llava.sizes import Work
 from llava.training.engine import AdamW, set_rate
+from tests.support.repository import REPOSITORY
 
-ROOT = Path(__file__).parents[2]
+ROOT = REPOSITORY
 CPU = torch.device("cpu")
 
 

@@ -14,7 +14,7 @@ from components.contract.manifest import Artifact
 from components.contract.runner import Outcome, Workspace, run_component
 from components.contract.store import open_store
 from components.contract.tracking import Tracking
-from tests.judge_endpoint import Endpoint
+from tests.support.judge_endpoint import Endpoint
 
 
 class Lines:

@@ -23,8 +23,8 @@ from components.contract import (
 from components.evaluate.answering import to_jsonl
 from components.evaluate.benchmarks import Files
 from components.evaluate.outcomes import comparable, files_note
-from components.models import Registry, model_folder, open_model, resolve
 from components.register import Register, RegisterSettings, champion_model
+from components.registry import Registry, model_folder, open_model, resolve
 from llava.errors import LlavaError, RefusedInput
 from workflows.promote import promote, rollback
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.k8s.policies import parse
-from tests.k8s.rendering import K8S, KUBECTL, VARIANTS, pods, render
+from tests.support.kubernetes.policies import parse
+from tests.support.kubernetes.rendering import K8S, KUBECTL, VARIANTS, pods, render
 
 DOCS = K8S.parent / "docs" / "cluster.md"
 TEXT = DOCS.read_text()

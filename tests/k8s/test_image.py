@@ -10,7 +10,9 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-ROOT = Path(__file__).parents[2]
+from tests.support.repository import REPOSITORY
+
+ROOT = REPOSITORY
 IMAGE = ROOT / "k8s" / "image"
 DOCKERFILE = (IMAGE / "Dockerfile").read_text()
 LAST_STAGE = "FROM " + DOCKERFILE.rpartition("\nFROM ")[2]

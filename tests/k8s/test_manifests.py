@@ -13,11 +13,11 @@ import ray
 import yaml
 
 from llava.errors import RefusedInput
-from tests.k8s import policies
-from tests.k8s.policies import EVERYWHERE, images_are_digests
-from tests.k8s.rendering import K8S, VARIANTS, Object, build, of_kind, pods, render
-from tests.k8s.schemas import errors_of
-from workflows.cluster import rayjob
+from tests.support.kubernetes import policies
+from tests.support.kubernetes.policies import EVERYWHERE, images_are_digests
+from tests.support.kubernetes.rendering import K8S, VARIANTS, Object, build, of_kind, pods, render
+from tests.support.kubernetes.schemas import errors_of
+from workflows.kubernetes import rayjob
 
 CUSTOM = ("ray.io/", "kueue.x-k8s.io/")
 

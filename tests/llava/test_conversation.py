@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from llava.conversation import IGNORE, Encoder
 from llava.errors import BadSample, RefusedInput
 from llava.templates import NAMES
-from tests.llava.tokenizer_kinds import tokenizer_of
+from tests.support.tokenizer_kinds import tokenizer_of
 
 
 def byte_tokenizer(bos: str | None = None, without: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:

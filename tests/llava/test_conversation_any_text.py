@@ -12,7 +12,7 @@ from llava.conversation import IGNORE, Encoder
 from llava.errors import RefusedInput
 from llava.templates import NAMES, split_lead, template
 from tests.llava.test_conversation import talk
-from tests.llava.tokenizer_kinds import KINDS, tokenizer_of
+from tests.support.tokenizer_kinds import KINDS, tokenizer_of
 
 SLOT = 3
 REFUSED = {("legacy", "chatml"), ("wordpiece", "plain"), ("words", "plain")}

@@ -12,7 +12,7 @@ from transformers import LlavaForConditionalGeneration
 
 from llava import generate
 from llava.errors import RefusedInput
-from tests.tiny_llava import tiny_llava
+from tests.support.tiny_llava import tiny_llava
 
 PICTURES = [Image.new("RGB", size, colour) for size, colour in (((64, 64), "red"), ((80, 40), (9, 60, 200)))]
 FOREIGN = (

@@ -33,11 +33,11 @@ from transformers import (
 from llava import model as models
 from llava.attention import segments
 from llava.conversation import Encoder
-from llava.data.collate import Row
+from llava.data.collate import PackedRow
 from llava.errors import RefusedInput
 from llava.model import Reading
 from llava.pixels import Pixels
-from tests.tiny_llava import byte_tokenizer
+from tests.support.tiny_llava import byte_tokenizer
 
 SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
 EDGE = {"height": 64, "width": 64}
@@ -96,7 +96,7 @@ def our_loss(model: LlavaForConditionalGeneration, processor: Any) -> float:
     pixels = Pixels(processor.image_processor)
     before = ids[-20:]
     supervised = [position for position in range(1, len(ids)) if labels[position] >= 0]
-    row = Row(
+    row = PackedRow(
         input_ids=torch.tensor(before + ids),
         position_ids=torch.tensor([*range(len(before)), *range(len(ids))]),
         segments=segments([len(before), len(ids)]),

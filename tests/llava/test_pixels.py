@@ -11,7 +11,7 @@ from transformers import AutoProcessor, CLIPImageProcessorPil, LlavaImageProcess
 from llava import model as models
 from llava.generate import pixel_values
 from llava.pixels import Fit, Pixels
-from tests.tiny_llava import tiny_llava
+from tests.support.tiny_llava import tiny_llava
 
 
 @pytest.fixture(scope="module")

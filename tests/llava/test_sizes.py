@@ -10,7 +10,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from llava import model as models
 from llava.attention import segments
-from llava.data.collate import Row
+from llava.data.collate import PackedRow
 from llava.errors import RefusedInput
 from llava.model import Reading
 from llava.pixels import Pixels
@@ -100,12 +100,12 @@ def test_shapes_of_other_families_are_refused() -> None:
         language_sizes({"model_type": "llama"})
 
 
-def packed(model: LlavaForConditionalGeneration, lengths: list[int]) -> Row:
+def packed(model: LlavaForConditionalGeneration, lengths: list[int]) -> PackedRow:
     """A row of samples, each with one picture at its start, whose last two tokens are supervised."""
     tokens, vocabulary = models.image_tokens(model.config), model.config.text_config.vocab_size
     starts = [sum(lengths[:number]) for number in range(len(lengths))]
     ends = [start + length for start, length in zip(starts, lengths, strict=True)]
-    return Row(
+    return PackedRow(
         input_ids=torch.arange(sum(lengths)) % (vocabulary - 1),
         position_ids=torch.cat([torch.arange(length) for length in lengths]),
         segments=segments(lengths),

@@ -12,7 +12,7 @@ from PIL import Image
 
 from components.contract import acquire, open_store
 from llava.errors import BadSample, Terminated
-from tests.tiny_llava import tiny_llava
+from tests.support.tiny_llava import tiny_llava
 from workflows import cli
 
 

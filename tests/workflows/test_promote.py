@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from components.models import BEFORE, CHALLENGER, CHAMPION, Registry
+from components.registry import BEFORE, CHALLENGER, CHAMPION, Registry
 from llava.errors import RefusedInput
 from workflows.promote import MOVED, promote, rollback
 

@@ -248,15 +248,15 @@ class S3Store(Store):
         from boto3.exceptions import Boto3Error
         from botocore.exceptions import BotoCoreError, ClientError
 
-        place = f"{self.uri}/{key}" if key else self.uri
+        key = f"{self.uri}/{key}" if key else self.uri
         try:
             yield
         except ClientError as error:
             if status(error) == 404 and not no_bucket(error):
-                raise FileNotFoundError(f"{place} does not exist") from None
-            raise StoreError(f"{place}: {reason(error, self._bucket)}") from error
+                raise FileNotFoundError(f"{key} does not exist") from None
+            raise StoreError(f"{key}: {reason(error, self._bucket)}") from error
         except (BotoCoreError, Boto3Error, ValueError) as error:
-            raise StoreError(f"{place}: {connection_reason(error)}") from error
+            raise StoreError(f"{key}: {connection_reason(error)}") from error
 
 
 class _HastyS3Store(S3Store):
@@ -283,9 +283,9 @@ def _client(hasty: bool) -> Any:
         "AWS_MAX_ATTEMPTS",
     )
     environment = tuple(os.environ.get(name) for name in names)
-    place = (os.getpid(), hasty, *environment)
+    key = (os.getpid(), hasty, *environment)
     with _clients_lock:
-        if place not in _clients:
+        if key not in _clients:
             import boto3
             from botocore.config import Config
 
@@ -298,8 +298,8 @@ def _client(hasty: bool) -> Any:
                 max_pool_connections=16,
                 s3={"addressing_style": "path"} if environment[0] else None,
             )
-            _clients[place] = boto3.Session().client("s3", config=config, region_name=_region())
-        return _clients[place]
+            _clients[key] = boto3.Session().client("s3", config=config, region_name=_region())
+        return _clients[key]
 
 
 def _tries() -> int:

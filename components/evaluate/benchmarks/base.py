@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from components.evaluate.bootstrap import Floats, Formula, point
 from llava.errors import RefusedInput
 
-Row = dict[str, Any]
+Record = dict[str, Any]
 MAX_FAILED = 0.5
 """The share of failed judgements above which there is no score."""
 _NAMED = 5
@@ -116,7 +116,7 @@ class Benchmark:
     reads: str
     """Which files, in one line for `--help` and for errors."""
     score: Callable[[Files], Scored]
-    prompt: Callable[[Row], str]
+    prompt: Callable[[Record], str]
     """A question's row to what the user would type."""
     headline: str
     """The score that stands for the benchmark where one number must."""
@@ -132,7 +132,7 @@ def read_text(path: Path) -> str:
         raise RefusedInput(f"{path}: no UTF-8 text (byte {error.start}); convert it first") from None
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[Record]:
     """The objects of a JSONL file or of a JSON list, in their order."""
     text = read_text(path)
     if text.lstrip().startswith("["):
@@ -153,7 +153,7 @@ def read_json(path: Path) -> Any:
     return _parse(path, read_text(path))
 
 
-def read_object(path: Path) -> Row:
+def read_object(path: Path) -> Record:
     """The one JSON object in `path`."""
     value = read_json(path)
     if not isinstance(value, dict):
@@ -161,14 +161,14 @@ def read_object(path: Path) -> Row:
     return value
 
 
-def get(row: Row, key: str, path: Path) -> Any:
+def get(row: Record, key: str, path: Path) -> Any:
     """`row[key]`, or a refusal that names file, row and key."""
     if key not in row:
         raise RefusedInput(f"{path}: no {key!r} in the row {json.dumps(row, ensure_ascii=False)[:120]}")
     return row[key]
 
 
-def text_of(row: Row, path: Path, key: str = "text") -> str:
+def text_of(row: Record, path: Path, key: str = "text") -> str:
     """A text as it stands, no blank touched; null is an empty answer."""
     value = get(row, key, path)
     if value is None:
@@ -178,7 +178,7 @@ def text_of(row: Row, path: Path, key: str = "text") -> str:
     return value
 
 
-def by_id(rows: Iterable[Row], path: Path, key: str = "question_id") -> dict[str, Row]:
+def by_id(rows: Iterable[Record], path: Path, key: str = "question_id") -> dict[str, Record]:
     """Rows by the text of their id; refuses doubled ids."""
     rows = list(rows)
     ids = [str(get(row, key, path)) for row in rows]
@@ -232,7 +232,7 @@ def _first(keys: Sequence[Hashable]) -> str:
 
 
 def _parse(path: Path, text: str, line: int | None = None) -> Any:
-    def once(pairs: list[tuple[str, Any]]) -> Row:
+    def once(pairs: list[tuple[str, Any]]) -> Record:
         found = dict(pairs)
         if len(found) < len(pairs):  # Python keeps the last of two equal keys
             same_rows(found, [key for key, _ in pairs], str(path), "entries", "keys")

@@ -16,7 +16,7 @@ import numpy as np
 from components.evaluate.benchmarks.base import (
     Benchmark,
     Files,
-    Row,
+    Record,
     Scored,
     Unit,
     by_id,
@@ -134,16 +134,16 @@ def read_references(path: Path) -> dict[str, list[str]]:
     return references
 
 
-def prompt(row: Row) -> str:
+def prompt(row: Record) -> str:
     """The wish for one sentence, whatever the picture."""
     return "Describe this picture in one short sentence."
 
 
-def _image(row: Row, path: Path) -> str:
+def _image(row: Record, path: Path) -> str:
     return str(row["image_id"] if "image_id" in row else get(row, "question_id", path))
 
 
-def _closest(parts: Row) -> int:
+def _closest(parts: Record) -> int:
     """The reference length closest to the caption's, the shorter of two."""
     return min((abs(length - parts["testlen"]), length) for length in parts["reflen"])[1]
 

@@ -18,7 +18,7 @@ import numpy as np
 from components.evaluate.benchmarks.base import (
     Benchmark,
     Files,
-    Row,
+    Record,
     Scored,
     Unit,
     by_id,
@@ -105,7 +105,7 @@ def score(files: Files) -> Scored:
     array = np.array(sums, dtype=np.float64)
     extra: dict[str, Any] = {}
     if len(runs) > 1:
-        each = [by_run.of_run(point(array, by_run.every), place) for place in range(len(runs))]
+        each = [by_run.of_run(point(array, by_run.every), index) for index in range(len(runs))]
         extra["runs"] = each
         extra["spread"] = {name: float(np.std([run[name] for run in each], ddof=1)) for name in each[0]}
     return Scored("llava-bench", units, array, by_run.mean, len(asked), remarks, extra)
@@ -122,9 +122,9 @@ class _Ratio:
         marks = sums.reshape(*sums.shape[:-1], self.runs, 1 + len(CATEGORIES), 2)
         ratio = 100 * marks[..., 1] / marks[..., 0]
         return {
-            f"{run}/{name}": ratio[..., run, place]
+            f"{run}/{name}": ratio[..., run, index]
             for run in range(self.runs)
-            for place, name in enumerate(("all", *CATEGORIES))
+            for index, name in enumerate(("all", *CATEGORIES))
         }
 
     def mean(self, sums: Floats) -> dict[str, Floats]:
@@ -141,7 +141,7 @@ class _Ratio:
         return {name: every[f"{run}/{name}"] for name in ("all", *CATEGORIES)}
 
 
-def prompt(row: Row) -> str:
+def prompt(row: Record) -> str:
     """The question as it stands: long answers are wanted."""
     return str(row["text"])
 
@@ -157,12 +157,12 @@ def category_of(name: str | None) -> str | None:
     return known
 
 
-def _optional(path: Path | None) -> dict[str, Row] | None:
+def _optional(path: Path | None) -> dict[str, Record] | None:
     return None if path is None else by_id(read_rows(path), path)
 
 
 def _read_run(
-    path: Path, answers_path: Path | None, answers: Mapping[str, Row] | None, remarks: list[str]
+    path: Path, answers_path: Path | None, answers: Mapping[str, Record] | None, remarks: list[str]
 ) -> dict[str, Review]:
     """One judge run by question id; what disagrees with its own text or with the answers is remarked.
 
@@ -198,7 +198,7 @@ def _same(stored: Any, marks: tuple[float, float] | None) -> bool:
     return bool(stored == ([-1, -1] if marks is None else list(marks)))
 
 
-def _judges(row: Row, answer: Row | None) -> bool:
+def _judges(row: Record, answer: Record | None) -> bool:
     """Whether the review can be of `answer`: the candidate stands second, or first where the order was swapped."""
     named = row.get("answer1_id" if row.get("swapped") else "answer2_id")
     if answer is None or named is None:
@@ -207,7 +207,7 @@ def _judges(row: Row, answer: Row | None) -> bool:
 
 
 def _categories(
-    asked: Sequence[str], runs: Sequence[Mapping[str, Review]], questions: Mapping[str, Row] | None
+    asked: Sequence[str], runs: Sequence[Mapping[str, Review]], questions: Mapping[str, Record] | None
 ) -> dict[str, str | None]:
     """Each question's category: from the question file, else from the reviews, which must agree."""
     found: dict[str, str | None] = {}

@@ -16,7 +16,7 @@ import numpy as np
 from components.evaluate.benchmarks.base import (
     Benchmark,
     Files,
-    Row,
+    Record,
     Scored,
     Unit,
     number_of,
@@ -81,9 +81,9 @@ def score(files: Files) -> Scored:
         parts = sums.reshape(*sums.shape[:-1], runs, len(names), 2)
         percent = 100 * parts[..., 1] / parts[..., 0]
         return {
-            f"{run}/{name}": percent[..., run, place]
+            f"{run}/{name}": percent[..., run, index]
             for run in range(runs)
-            for place, name in enumerate(names)
+            for index, name in enumerate(names)
         }
 
     def formula(sums: Floats) -> dict[str, Floats]:
@@ -101,12 +101,12 @@ def score(files: Files) -> Scored:
     return Scored("mm-vet", units, array, formula, len(truth), remarks, extra)
 
 
-def prompt(row: Row) -> str:
+def prompt(row: Record) -> str:
     """The question as it stands: long answers are wanted."""
     return str(row["question"])
 
 
-def _grades(id_: str, row: Row, path: Path, remarks: list[str]) -> list[float | None]:
+def _grades(id_: str, row: Record, path: Path, remarks: list[str]) -> list[float | None]:
     """One grade per run; the judge's text decides where it is stored, the stored score where it is not."""
     if not isinstance(row, dict) or ("score" not in row and "content" not in row):
         raise RefusedInput(

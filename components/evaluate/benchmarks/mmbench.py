@@ -19,7 +19,7 @@ import numpy as np
 from components.evaluate.benchmarks.base import (
     Benchmark,
     Files,
-    Row,
+    Record,
     Scored,
     Unit,
     by_id,
@@ -41,7 +41,7 @@ ROTATION = 1_000_000
 
 
 @dataclass(frozen=True)
-class Question:
+class ChoiceQuestion:
     """A row of the benchmark's table."""
 
     text: str
@@ -75,7 +75,7 @@ def score(files: Files) -> Scored:
     """`accuracy` of the unrotated round, `circular` over all rounds (undefined with one round); in percent."""
     path = files.need("answers", "the answers JSONL (question_id, round_id, text, options, option_char)")
     questions = read_questions(files.truth("MMBench's table (index, question, A, B, C, D, answer)"))
-    rounds: dict[str, dict[int, Row]] = defaultdict(dict)
+    rounds: dict[str, dict[int, Record]] = defaultdict(dict)
     for row in read_rows(path):
         id_, number = _name(row, path)
         if number in rounds[id_]:
@@ -122,12 +122,12 @@ def score(files: Files) -> Scored:
     return Scored("mmbench", units, table([np.ones(len(units)), first, every]), formula, len(units), remarks)
 
 
-def read_questions(path: Path) -> dict[str, Question]:
+def read_questions(path: Path) -> dict[str, ChoiceQuestion]:
     """The table by index, without its rotated rows: TSV or CSV as MMBench ships it, or JSONL."""
     if path.suffix in (".tsv", ".csv"):
         csv.field_size_limit(sys.maxsize)  # pictures stand in the table as base64
         cells = csv.DictReader(io.StringIO(read_text(path)), delimiter="\t" if path.suffix == ".tsv" else ",")
-        rows: list[Row] = list(cells)
+        rows: list[Record] = list(cells)
     else:
         rows = read_rows(path)
     for row in rows:
@@ -141,14 +141,14 @@ def read_questions(path: Path) -> dict[str, Question]:
     return {id_: _question(id_, row, path) for id_, row in named.items() if int(id_) < ROTATION}
 
 
-def prompt(row: Row) -> str:
+def prompt(row: Record) -> str:
     """Hint, question and options, one a line, and the wish for a letter."""
     options = [f"{name}. {row[name]}" for name in LETTERS[:MOST] if not _absent(row.get(name))]
     hint = [] if _absent(row.get("hint")) else [str(row["hint"])]
     return "\n".join([*hint, str(row["question"]), *options, "Reply with the letter of the right option."])
 
 
-def rotations(row: Row) -> list[Row]:
+def rotations(row: Record) -> list[Record]:
     """The same question once per option, each time with the first option moved to the end."""
     names = [name for name in LETTERS[:MOST] if not _absent(row.get(name))]
     return [
@@ -157,15 +157,15 @@ def rotations(row: Row) -> list[Row]:
     ]
 
 
-def _question(id_: str, row: Row, path: Path) -> Question:
+def _question(id_: str, row: Record, path: Path) -> ChoiceQuestion:
     options = tuple(str(row[name]) for name in LETTERS[:MOST] if not _absent(row.get(name)))
     answer = str(get(row, "answer", path)).strip()
     if len(answer) != 1 or answer not in LETTERS[: len(options)]:
         raise RefusedInput(f"{path}: question {id_}: answer {answer!r} is none of its {len(options)} options")
-    return Question(str(get(row, "question", path)), options, answer, str(row.get("category") or ""))
+    return ChoiceQuestion(str(get(row, "question", path)), options, answer, str(row.get("category") or ""))
 
 
-def _name(row: Row, path: Path) -> tuple[str, int]:
+def _name(row: Record, path: Path) -> tuple[str, int]:
     """Question and round, from `round_id` or from an index that counts the rotations."""
     id_ = str(get(row, "question_id", path))
     if row.get("round_id") is None and id_.isdigit() and int(id_) >= ROTATION:
@@ -173,7 +173,7 @@ def _name(row: Row, path: Path) -> tuple[str, int]:
     return id_, int(row.get("round_id") or 0)
 
 
-def _shown(row: Row, number: int, question: Question, path: Path) -> tuple[list[str], list[str]]:
+def _shown(row: Record, number: int, question: ChoiceQuestion, path: Path) -> tuple[list[str], list[str]]:
     """The options in the order in which they were shown, and the table's letter of each."""
     names = list(LETTERS[: len(question.options)])
     meaning = list(row.get("option_char") or names[number:] + names[:number])

@@ -14,7 +14,7 @@ import numpy as np
 from components.evaluate.benchmarks.base import (
     Benchmark,
     Files,
-    Row,
+    Record,
     Scored,
     Unit,
     first_line,
@@ -93,7 +93,7 @@ def score(files: Files) -> Scored:
     def formula(sums: Floats) -> dict[str, Floats]:
         asked, right, images, both = np.split(sums, 4, axis=-1)
         points = 100 * right / asked + 100 * both / images
-        scores = {name: points[..., place] for place, name in enumerate(SUBTASKS)}
+        scores = {name: points[..., index] for index, name in enumerate(SUBTASKS)}
         for group, names in (("perception", PERCEPTION), ("cognition", COGNITION)):
             present = [scores[name] for name in names if name in there]
             scores[group] = np.sum(present, axis=0) if present else np.full_like(points[..., 0], np.nan)
@@ -102,7 +102,7 @@ def score(files: Files) -> Scored:
     return Scored("mme", units, np.array(sums), formula, len(replies), remarks)
 
 
-def prompt(row: Row) -> str:
+def prompt(row: Record) -> str:
     """MME's questions say themselves how to answer."""
     return str(row["text"])
 

@@ -15,7 +15,7 @@ import numpy as np
 from components.evaluate.benchmarks.base import (
     Benchmark,
     Files,
-    Row,
+    Record,
     Scored,
     Unit,
     first_line,
@@ -80,8 +80,8 @@ def score(files: Files) -> Scored:
 
     def formula(sums: Floats) -> dict[str, Floats]:
         scores: dict[str, Floats] = {}
-        for place, split in enumerate(splits):
-            n, positive, said_yes, true_yes, right = np.moveaxis(sums[..., 5 * place : 5 * place + 5], -1, 0)
+        for index, split in enumerate(splits):
+            n, positive, said_yes, true_yes, right = np.moveaxis(sums[..., 5 * index : 5 * index + 5], -1, 0)
             scores[f"{split}/accuracy"] = 100 * right / n
             scores[f"{split}/precision"] = 100 * true_yes / said_yes
             scores[f"{split}/recall"] = 100 * true_yes / positive
@@ -100,12 +100,12 @@ def score(files: Files) -> Scored:
     return Scored("pope", units, sums, formula, len(units), remarks)
 
 
-def prompt(row: Row) -> str:
+def prompt(row: Record) -> str:
     """The question, and the wish for yes or no."""
     return f"{row['text']}\nReply with yes or no."
 
 
-def _key(row: Row, path: Path) -> Key:
+def _key(row: Record, path: Path) -> Key:
     return (
         str(get(row, "category", path)),
         str(get(row, "image", path)),
@@ -148,30 +148,30 @@ def _sizes(found: Mapping[Key, list[str]]) -> Counter[Key]:
     return Counter({key: len(labels) for key, labels in found.items()})
 
 
-def _join_answers(questions: list[Row], keys: list[Key], path: Path, questions_path: Path) -> list[str]:
+def _join_answers(questions: list[Record], keys: list[Key], path: Path, questions_path: Path) -> list[str]:
     """The answer to each question: by id, and by prompt, split and image where an id is not unique."""
     waiting: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for index, (row, key) in enumerate(zip(questions, keys, strict=True)):
         waiting[str(get(row, "question_id", questions_path)), key[2]].append(index)
-    given: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+    given: dict[tuple[str, ...], list[Record]] = defaultdict(list)
     for row in read_rows(path):
         given[str(get(row, "question_id", path)), _asked(text_of(row, path, "prompt"))].append(row)
     answers: list[str | None] = [None] * len(questions)
     faults: Counter[str] = Counter()
     for name, rows in given.items():
-        places = waiting.get(name, [])
-        if len(rows) != len(places):
+        indices = waiting.get(name, [])
+        if len(rows) != len(indices):
             faults["answers belong to no question, or to one that is answered already"] += max(
-                0, len(rows) - len(places)
+                0, len(rows) - len(indices)
             )
             continue
-        for place, found in _assign(rows, places, keys, path):
+        for index, found in _assign(rows, indices, keys, path):
             if found is None:
                 faults["answers could be to several questions: ids and prompts repeat, and metadata names no "
                        "`category` and `image`"] += 1  # fmt: skip
             else:
-                answers[place] = text_of(found, path)
-    short = sum(max(0, len(places) - len(given.get(name, []))) for name, places in waiting.items())
+                answers[index] = text_of(found, path)
+    short = sum(max(0, len(indices) - len(given.get(name, []))) for name, indices in waiting.items())
     if short:
         faults[f"of {len(questions):,} questions have no answer"] = short
     said = [f"{count:,} {fault}" for fault, count in faults.items() if count]
@@ -183,21 +183,23 @@ def _join_answers(questions: list[Row], keys: list[Key], path: Path, questions_p
     return [answer for answer in answers if answer is not None]
 
 
-def _assign(rows: list[Row], places: list[int], keys: list[Key], path: Path) -> list[tuple[int, Row | None]]:
-    """Which of the questions at `places`, alike in id and text, each row answers; None where that is open."""
+def _assign(
+    rows: list[Record], indices: list[int], keys: list[Key], path: Path
+) -> list[tuple[int, Record | None]]:
+    """Which of the questions at `indices`, alike in id and text, each row answers; None where that is open."""
     if len({parse(text_of(row, path)) for row in rows}) == 1:
-        return list(zip(places, rows, strict=True))
+        return list(zip(indices, rows, strict=True))
     left, assigned = list(rows), []
-    for place in places:
-        split, image, _ = keys[place]
+    for index in indices:
+        split, image, _ = keys[index]
         fits = [row for row in left if _told(row, "category", split) and _told(row, "image", image)]
         if len(fits) == 1:
             left.remove(fits[0])
-        assigned.append((place, fits[0] if len(fits) == 1 else None))
+        assigned.append((index, fits[0] if len(fits) == 1 else None))
     return assigned
 
 
-def _told(row: Row, name: str, value: str) -> bool:
+def _told(row: Record, name: str, value: str) -> bool:
     """Whether the row does not contradict that its question's `name` is `value`."""
     told = (row.get("metadata") or {}).get(name, row.get(name))
     return told is None or str(told) == value

@@ -2,7 +2,7 @@
 
 COCO's own tool starts Java for this. Here stand the rules that captions need: clitics come off ("isn't" is "is n't"),
 hyphenated words stay whole, abbreviations keep their full stop, brackets get names, and marks of punctuation are
-dropped. `tests/components/evaluate/test_captions.py` holds it against the original.
+dropped. `tests/components/evaluate/benchmarks/test_captions.py` holds it against the original.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from components.evaluate.benchmarks.base import (
     Benchmark,
     Files,
-    Row,
+    Record,
     Scored,
     Unit,
     by_id,
@@ -109,7 +109,7 @@ def read_problems(path: Path, splits: Path | None, split: str) -> list[Problem]:
     return [_problem(id_, rows[id_], path) for id_ in ids]
 
 
-def prompt(row: Row, style: Style = "CQM-A") -> str:
+def prompt(row: Record, style: Style = "CQM-A") -> str:
     """A problem as the user's turn: CQM has the context first, QCM the question; both end in the options."""
     context = str(row.get("hint") or "").strip() or "none"
     parts = {
@@ -120,7 +120,7 @@ def prompt(row: Row, style: Style = "CQM-A") -> str:
     return "\n".join(parts[part] for part in style.split("-")[0])
 
 
-def reply(row: Row, style: Style = "QCM-LEA") -> str:
+def reply(row: Record, style: Style = "QCM-LEA") -> str:
     """The turn that a model is trained to give: the answer, in LEA after lecture and explanation."""
     answer = f"The answer is {LETTERS[row['answer']]}."
     if style.endswith("-A"):
@@ -129,7 +129,9 @@ def reply(row: Row, style: Style = "QCM-LEA") -> str:
     return "\n".join([*filter(None, reasons), answer])
 
 
-def conversations(problems: Mapping[str, Row], ids: Sequence[str], style: Style = "QCM-LEA") -> list[Row]:
+def conversations(
+    problems: Mapping[str, Record], ids: Sequence[str], style: Style = "QCM-LEA"
+) -> list[Record]:
     """Training samples in LLaVA format; the picture, where there is one, is `ID/NAME` as ScienceQA stores it."""
     samples = []
     for id_ in ids:
@@ -187,7 +189,7 @@ def _sums(problems: Sequence[Problem], right: Sequence[bool]) -> Floats:
 
 def _formula(sums: Floats) -> dict[str, Floats]:
     width = len(COLUMNS)
-    return {name: 100 * sums[..., width + place] / sums[..., place] for place, name in enumerate(COLUMNS)}
+    return {name: 100 * sums[..., width + index] / sums[..., index] for index, name in enumerate(COLUMNS)}
 
 
 def read_texts(path: Path, ids: Sequence[str]) -> dict[str, str]:
@@ -204,7 +206,7 @@ def read_texts(path: Path, ids: Sequence[str]) -> dict[str, str]:
     }
 
 
-def _problem(id_: str, row: Row, path: Path) -> Problem:
+def _problem(id_: str, row: Record, path: Path) -> Problem:
     choices, answer = list(get(row, "choices", path)), get(row, "answer", path)
     subject, grade = str(get(row, "subject", path)), str(get(row, "grade", path)).removeprefix("grade")
     if not isinstance(answer, int) or not 0 <= answer < len(choices) <= len(LETTERS):

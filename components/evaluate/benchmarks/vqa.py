@@ -18,7 +18,7 @@ import numpy as np
 from components.evaluate.benchmarks.base import (
     Benchmark,
     Files,
-    Row,
+    Record,
     Scored,
     Unit,
     by_id,
@@ -119,7 +119,7 @@ def score(files: Files) -> Scored:
     return Scored("vqa", units, table([np.ones(len(units)), exact, soft]), formula, len(units), remarks)
 
 
-def prompt(row: Row) -> str:
+def prompt(row: Record) -> str:
     """The question, and the wish for a short answer."""
     return f"{row['text']}\nReply with one word or a short phrase."
 
@@ -136,7 +136,7 @@ def read_labels(path: Path) -> dict[str, Label]:
     return {id_: _label(row, path) for id_, row in by_id(value, path).items()}
 
 
-def _label(row: Row, path: Path) -> Label:
+def _label(row: Record, path: Path) -> Label:
     answers = row.get("answers", row.get("answer", row.get("label")))
     if answers is None or answers == []:
         raise RefusedInput(f"{path}: question {row['question_id']} has neither `answers` nor `answer`")
@@ -153,12 +153,12 @@ def _majority(answers: tuple[str, ...]) -> str:
     return next(answer for answer in answers if normalise(answer) == common)
 
 
-def _own_label(row: Row, path: Path) -> Label:
+def _own_label(row: Record, path: Path) -> Label:
     expected = str(get(row, "expected", path))
     return Label(str(row.get("question", "")), (expected,), expected)
 
 
-def _llava_labels(samples: list[Row], path: Path) -> dict[str, Label]:
+def _llava_labels(samples: list[Record], path: Path) -> dict[str, Label]:
     """Each question and answer of a conversation; with several, the id is `ID-1`, `ID-2`, ..."""
     labels: dict[str, Label] = {}
     for id_, sample in by_id(samples, path, key="id").items():

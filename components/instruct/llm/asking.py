@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from components.cluster import failures_told
 from components.contract import Folder, Guard, Job
 from components.instruct.llm.endpoint import LOOK_AT, Endpoint
 from components.instruct.llm.endpoint import told as told_by
@@ -21,6 +20,7 @@ from components.instruct.llm.prompts import Prompts
 from components.instruct.llm.requests import Request, Requests
 from components.instruct.llm.responses import ANSWERED, Response, Writer, stored
 from components.instruct.settings import InstructSettings
+from components.ray_cluster.connection import failures_told
 from llava.errors import RefusedInput
 
 SAY_EVERY_SECONDS = 5.0

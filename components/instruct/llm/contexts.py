@@ -33,7 +33,7 @@ TINY = 0.0005
 _BRACKETS = str.maketrans("<>[]", "()()")
 
 
-class Box(NamedTuple):
+class RelativeBox(NamedTuple):
     """Edges as shares of the picture's width and height, from the upper left corner."""
 
     x1: float
@@ -52,7 +52,7 @@ class Facts:
     """What is known about one picture. `boxes` None: nobody looked for objects."""
 
     captions: tuple[str, ...]
-    boxes: dict[str, list[Box]] | None
+    boxes: dict[str, list[RelativeBox]] | None
     notes: Counter[str]
     """What the rules changed, such as `duplicate boxes`: how often."""
 
@@ -68,7 +68,7 @@ def facts(row: Row) -> Facts:
     captions = {text.casefold(): text for text in map(harmless, reversed(row["captions"])) if text}
     kept = [text[:CAPTION_LENGTH] for text in reversed(captions.values())][:CAPTIONS]
     notes["captions left out or cut"] = len(row["captions"]) - sum(text in captions.values() for text in kept)
-    boxes: dict[str, list[Box]] | None = None
+    boxes: dict[str, list[RelativeBox]] | None = None
     if row["objects"] is not None and row["width"] > 0 and row["height"] > 0:
         boxes = {}
         for one in row["objects"]:
@@ -103,30 +103,30 @@ def harmless(text: str) -> str:
     return " ".join(kept.translate(_BRACKETS).split())
 
 
-def _lines(category: str, boxes: Sequence[Box]) -> list[str]:
+def _lines(category: str, boxes: Sequence[RelativeBox]) -> list[str]:
     seen = [box for box in boxes if box.area >= TINY]
     lines = [f"{category}: [{', '.join(f'{edge:.3f}' for edge in box)}]" for box in seen[:CROWD]]
     more = len(seen) - len(lines)
     return [*lines, f"{category}: and {more} more, smaller"] if more > 0 else lines
 
 
-def _shares(bbox: Sequence[float], width: int, height: int) -> Box:
+def _shares(bbox: Sequence[float], width: int, height: int) -> RelativeBox:
     x, y, w, h = bbox
     x1, x2 = (min(1.0, max(0.0, edge / width)) for edge in (x, x + w))
     y1, y2 = (min(1.0, max(0.0, edge / height)) for edge in (y, y + h))
-    return Box(x1, y1, x2, y2)
+    return RelativeBox(x1, y1, x2, y2)
 
 
-def _distinct(boxes: Sequence[Box]) -> list[Box]:
+def _distinct(boxes: Sequence[RelativeBox]) -> list[RelativeBox]:
     """The boxes without those that lie on one before them."""
-    kept: list[Box] = []
+    kept: list[RelativeBox] = []
     for box in boxes:
         if not any(_overlap(box, other) >= SAME_OBJECT for other in kept):
             kept.append(box)
     return kept
 
 
-def _overlap(a: Box, b: Box) -> float:
+def _overlap(a: RelativeBox, b: RelativeBox) -> float:
     """Intersection over union."""
     width = min(a.x2, b.x2) - max(a.x1, b.x1)
     height = min(a.y2, b.y2) - max(a.y1, b.y1)

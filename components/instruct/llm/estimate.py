@@ -10,7 +10,7 @@ from components.instruct.llm.asking import budget_of
 from components.instruct.llm.limits import WINDOW, Tokens
 from components.instruct.llm.prompts import Prompts, load_prompts
 from components.instruct.llm.requests import BYTES_PER_TOKEN, Requests, text_rows
-from components.instruct.llm.stage import Plan, make_plan
+from components.instruct.llm.stage import RequestPlan, make_plan
 from components.instruct.settings import InstructSettings
 
 PHOTOS_SHOWN = 3
@@ -34,7 +34,7 @@ def dry_run(settings: InstructSettings, dataset: Folder, shards: Sequence[str]) 
     yield from _estimate(settings, prompts, make_plan(settings, prompts, dataset, shards))
 
 
-def _estimate(settings: InstructSettings, prompts: Prompts, plan: Plan) -> Iterator[str]:
+def _estimate(settings: InstructSettings, prompts: Prompts, plan: RequestPlan) -> Iterator[str]:
     length = {kind: _answer_tokens(prompts, kind) for kind in plan.types}
     tokens = Tokens(
         sum(plan.prompt_tokens.values()), sum(count * length[kind] for kind, count in plan.types.items())

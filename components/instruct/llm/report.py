@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from components.contract import Job
 from components.instruct.llm.asking import Tally, budget_of
-from components.instruct.llm.judging import Reject, Verdict, share_rejected
+from components.instruct.llm.filtering import FilterVerdict, Reject, share_rejected
 from components.instruct.llm.limits import Tokens
 from components.instruct.llm.prompts import Prompts
 
@@ -17,7 +17,7 @@ SHOWN_OF_EACH = 5
 SHOWN_LENGTH = 2000
 
 
-def report_teacher(job: Job, prompts: Prompts, tokens: Tokens, tally: Tally, verdict: Verdict) -> None:
+def report_teacher(job: Job, prompts: Prompts, tokens: Tokens, tally: Tally, verdict: FilterVerdict) -> None:
     """Fill the job's metrics and notes, log the plot of rejects and lengths, and some rejects to read."""
     settings = job.settings
     samples = Counter(one.reason for one in verdict.rejects if one.pair is None)

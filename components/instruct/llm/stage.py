@@ -8,10 +8,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from components.contract import Folder, Job, Workspace
+from components.datasets.tasks import ShardTask
 from components.instruct.llm.asking import Tally, Work, ask_all, budget_of, told
 from components.instruct.llm.contexts import facts
 from components.instruct.llm.endpoint import probe
-from components.instruct.llm.judging import Judge, Verdict, crowded, crowded_out, share_rejected, to_jsonl
+from components.instruct.llm.filtering import (
+    FilterVerdict,
+    Judge,
+    crowded,
+    crowded_out,
+    share_rejected,
+    to_jsonl,
+)
 from components.instruct.llm.limits import Tokens
 from components.instruct.llm.prompts import Prompts, load_prompts
 from components.instruct.llm.report import report_teacher
@@ -19,14 +27,13 @@ from components.instruct.llm.requests import Requests, text_rows
 from components.instruct.llm.responses import adopt, any_stored, stored
 from components.instruct.llm.writing import write_shard
 from components.instruct.settings import InstructSettings
-from components.shard_tasks import ShardTask
 from llava.errors import BudgetReached, LlavaError, RefusedInput
 
 REJECTED_FILE = "rejected.jsonl"
 
 
 @dataclass
-class Plan:
+class RequestPlan:
     """Everything that will be asked about a dataset. `requests`: digest -> shard; tokens are estimates by length."""
 
     requests: dict[bytes, int] = field(default_factory=dict)
@@ -44,9 +51,11 @@ def try_endpoint(settings: InstructSettings, workspace: Workspace) -> None:
         probe(settings)
 
 
-def make_plan(settings: InstructSettings, prompts: Prompts, dataset: Folder, shards: Sequence[str]) -> Plan:
+def make_plan(
+    settings: InstructSettings, prompts: Prompts, dataset: Folder, shards: Sequence[str]
+) -> RequestPlan:
     """Read captions and boxes of all photos once; nothing is asked."""
-    plan, maker, categories = Plan(), Requests(settings, prompts), set()
+    plan, maker, categories = RequestPlan(), Requests(settings, prompts), set()
     for shard, key in enumerate(shards):
         for row in text_rows(dataset, key):
             plan.photos += 1
@@ -100,7 +109,7 @@ def answered_tasks(
     return tasks
 
 
-def _ask(job: Job, work: Work, plan: Plan) -> Tally:
+def _ask(job: Job, work: Work, plan: RequestPlan) -> Tally:
     settings = work.settings
     found = stored(job.folder)
     missing = {digest: shard for digest, shard in plan.requests.items() if digest not in found.digests}
@@ -139,23 +148,23 @@ def _ask(job: Job, work: Work, plan: Plan) -> Tally:
     return tally
 
 
-def _judge(judge: Judge, shards: Sequence[str]) -> tuple[list[Verdict], Verdict]:
+def _judge(judge: Judge, shards: Sequence[str]) -> tuple[list[FilterVerdict], FilterVerdict]:
     """The verdict on each shard, and all together."""
     import ray
 
     remote = ray.remote(num_cpus=1, max_retries=3)(_judge_shard)
     by_shard = ray.get([remote.remote(judge, key, number) for number, key in enumerate(shards)])
-    together = Verdict()
+    together = FilterVerdict()
     for part in by_shard:
         together.add(part)
     return by_shard, together
 
 
-def _judge_shard(judge: Judge, key: str, number: int) -> Verdict:
+def _judge_shard(judge: Judge, key: str, number: int) -> FilterVerdict:
     return judge.shard(key, number)
 
 
-def _refuse_if_too_much_was_rejected(verdict: Verdict, most: float) -> None:
+def _refuse_if_too_much_was_rejected(verdict: FilterVerdict, most: float) -> None:
     if share_rejected(verdict) <= most:
         return
     whole = [one for one in verdict.rejects if one.pair is None]

@@ -6,10 +6,10 @@ from typing import Any
 from components.contract.store import Store
 from components.shard.settings import ShardSettings
 from components.shard.sources import cc3m, coco, llava, parquet, shapes, webdataset
-from components.shard.sources.base import Outcome, Source
+from components.shard.sources.base import DataSource, Outcome
 from components.shard.sources.texts import checked
 
-SOURCES: dict[str, Source] = {
+SOURCES: dict[str, DataSource] = {
     "shapes": shapes.SOURCE,
     "coco": coco.SOURCE,
     "llava": llava.SOURCE,
@@ -19,7 +19,7 @@ SOURCES: dict[str, Source] = {
 }
 
 
-def outcomes(settings: ShardSettings, place: Any, items: Sequence[Any], kept: Store) -> Iterator[Outcome]:
+def outcomes(settings: ShardSettings, shared: Any, items: Sequence[Any], kept: Store) -> Iterator[Outcome]:
     """One outcome for each sample of the items: a row whose texts can be kept, or why there is none."""
-    for outcome in SOURCES[settings.source].rows(settings, place, items, kept):
+    for outcome in SOURCES[settings.source].rows(settings, shared, items, kept):
         yield checked(settings, outcome)

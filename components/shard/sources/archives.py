@@ -19,7 +19,7 @@ from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 
-from components.shard.sources.pieces import File, read_at
+from components.shard.sources.record_index import File, read_at
 from llava.data.images import BadImage
 from llava.errors import RefusedInput
 

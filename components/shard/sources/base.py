@@ -37,14 +37,14 @@ class RefusedSample(LlavaError):
 class Listing:
     """The samples of a source in a fixed order, without their pixels; slices of `items` go to the tasks.
 
-    `items` may be a lazy sequence (see `pieces.py`). `place`: what all samples share. `counts`: what the list
+    `items` may be a lazy sequence (see `pieces.py`). `shared`: what all samples share. `counts`: what the list
     itself left out (boxes of crowds, say). `sizes`: how many samples each item holds, where an item is a file or
     a part of one; None: one each. `exact`: False where `sizes` is an estimate. `marks`: (n,) uint64, a hash of each
     item's name, or `NEVER` where no shard may begin; None where items are only ever added at the end.
     """
 
     items: Sequence[Any]
-    place: Any = None
+    shared: Any = None
     counts: dict[str, int] = field(default_factory=dict)
     sizes: Sequence[int] | None = None
     exact: bool = True
@@ -83,7 +83,7 @@ Load = Callable[[ShardSettings, Any, Any], Loaded]
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """Five functions.
 
     `external` gives fingerprints; `check` raises RefusedInput, cheaply, where the data's files are not found;
@@ -103,8 +103,8 @@ class Source:
 def each(load: Load) -> Callable[[ShardSettings, Any, Sequence[Any], Store], Iterator[Outcome]]:
     """The `rows` of a source whose items are its samples: `load` gives one or raises RefusedSample."""
 
-    def rows(settings: ShardSettings, place: Any, items: Sequence[Any], kept: Store) -> Iterator[Outcome]:
-        return ahead(lambda item: load(settings, place, item), items)
+    def rows(settings: ShardSettings, shared: Any, items: Sequence[Any], kept: Store) -> Iterator[Outcome]:
+        return ahead(lambda item: load(settings, shared, item), items)
 
     return rows
 

@@ -22,11 +22,11 @@ from components.contract.store import Store, StoreError
 from components.shard.download import NO_ANSWER, Downloader, Fetched, host_of
 from components.shard.settings import ShardSettings
 from components.shard.sources.base import (
+    DataSource,
     Listing,
     Loaded,
     Outcome,
     RefusedSample,
-    Source,
     ahead,
     files_of,
     one_file,
@@ -35,7 +35,7 @@ from components.shard.sources.base import (
     split_by_hash,
 )
 from components.shard.sources.photos import admit, resized
-from components.shard.sources.pieces import File, lines, read_at
+from components.shard.sources.record_index import File, lines, read_at
 from llava.data.schema import Row
 
 KEEP_EVERY_SECONDS = 5.0
@@ -70,12 +70,12 @@ def listing(settings: ShardSettings) -> Listing:
 
 
 def rows(
-    settings: ShardSettings, place: File, items: Sequence[tuple[int, bytes]], kept: Store
+    settings: ShardSettings, shared: File, items: Sequence[tuple[int, bytes]], kept: Store
 ) -> Iterator[Outcome]:
     """Fetch what is not kept yet, then give the rows in the order of the lines."""
     links = [_link(number, line) for number, line in items]
     with Kept(kept) as found:
-        asyncio.run(_fetch(settings, place, [link.url for link in links if isinstance(link, Link)], found))
+        asyncio.run(_fetch(settings, shared, [link.url for link in links if isinstance(link, Link)], found))
 
         def load(link: Link | RefusedSample) -> Loaded:
             if isinstance(link, RefusedSample):
@@ -258,9 +258,9 @@ def _encodable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def made_of(settings: ShardSettings, place: File, items: Sequence[tuple[int, bytes]]) -> Iterable[object]:
+def made_of(settings: ShardSettings, shared: File, items: Sequence[tuple[int, bytes]]) -> Iterable[object]:
     """The lines and their numbers: what was fetched for a line once is not fetched again."""
     return items
 
 
-SOURCE = Source(files_of, check, listing, rows, made_of)
+SOURCE = DataSource(files_of, check, listing, rows, made_of)

@@ -21,10 +21,10 @@ import numpy as np
 from components.contract.store import Store
 from components.shard.settings import ShardSettings
 from components.shard.sources.base import (
+    DataSource,
     Listing,
     Loaded,
     RefusedSample,
-    Source,
     each,
     mark,
     open_data,
@@ -36,7 +36,7 @@ from components.shard.sources.photos import Photos, external_with_roots, find_ph
 from llava.data.schema import ObjectCell, Row
 from llava.errors import RefusedInput
 
-Box = tuple[str, tuple[float, float, float, float]]
+LabelledBox = tuple[str, tuple[float, float, float, float]]
 
 
 class Photo(NamedTuple):
@@ -45,7 +45,7 @@ class Photo(NamedTuple):
     name: str
     file: str
     captions: tuple[str, ...]
-    objects: tuple[Box, ...] | None
+    objects: tuple[LabelledBox, ...] | None
 
 
 class Files(NamedTuple):
@@ -123,7 +123,7 @@ def load(settings: ShardSettings, photos: Photos, photo: Photo) -> Loaded:
     return Loaded(split, row, (*counts, *resized(admitted)))
 
 
-def _photos(store: Store, key: str, boxes: Mapping[int, tuple[Box, ...]]) -> list[Photo]:
+def _photos(store: Store, key: str, boxes: Mapping[int, tuple[LabelledBox, ...]]) -> list[Photo]:
     captions: dict[int, list[str]] = defaultdict(list)
     files: list[tuple[str, int]] = []
     with _entries_of(store, key):
@@ -138,10 +138,10 @@ def _photos(store: Store, key: str, boxes: Mapping[int, tuple[Box, ...]]) -> lis
         ]
 
 
-def _boxes(store: Store, key: str, counts: Counter[str]) -> Mapping[int, tuple[Box, ...]]:
+def _boxes(store: Store, key: str, counts: Counter[str]) -> Mapping[int, tuple[LabelledBox, ...]]:
     """Boxes of every photo that the file lists; what is no single object is left out and counted."""
     categories: dict[int, str] = {}
-    boxes: dict[int, list[Box]] = {}
+    boxes: dict[int, list[LabelledBox]] = {}
     single: list[tuple[int, int, tuple[float, ...]]] = []
     with _entries_of(store, key):
         for what, entry in _entries(store, key, "images", "annotations", "categories"):
@@ -192,4 +192,4 @@ def made_of(settings: ShardSettings, photos: Photos, items: Sequence[Photo]) -> 
     return zip(items, photos.versions([photo.file for photo in items]), strict=True)
 
 
-SOURCE = Source(external_with_roots, locate, listing, each(load), made_of)
+SOURCE = DataSource(external_with_roots, locate, listing, each(load), made_of)

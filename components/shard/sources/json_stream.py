@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from components.contract.store import Store
-from components.shard.sources.pieces import LONGEST
+from components.shard.sources.record_index import LONGEST
 from llava.errors import RefusedInput
 
 _CHUNK = 4 * 2**20

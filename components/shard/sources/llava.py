@@ -19,10 +19,10 @@ from components.contract.store import Store
 from components.shard.settings import ShardSettings
 from components.shard.sources.base import (
     NEVER,
+    DataSource,
     Listing,
     Loaded,
     RefusedSample,
-    Source,
     each,
     mark,
     one_file,
@@ -31,7 +31,7 @@ from components.shard.sources.base import (
 )
 from components.shard.sources.json_stream import JsonStream, parse
 from components.shard.sources.photos import Photos, external_with_roots, find_photos, read_photo, resized
-from components.shard.sources.pieces import File, Pieces, lines
+from components.shard.sources.record_index import File, RecordIndex, lines
 from llava.data.schema import Row, TurnCell
 from llava.errors import RefusedInput
 
@@ -129,12 +129,12 @@ def _first_image(record: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _json_lines(file: File) -> tuple[Pieces, list[str | None]]:
+def _json_lines(file: File) -> tuple[RecordIndex, list[str | None]]:
     records = lines(file)
     return records, [_first_image(data) for _, data in records]
 
 
-def _json_list(file: File) -> tuple[Pieces, list[str | None]]:
+def _json_list(file: File) -> tuple[RecordIndex, list[str | None]]:
     stream = JsonStream(file.store, file.key)
     places, images = [], []
     for element, value, start, size in stream:
@@ -144,10 +144,10 @@ def _json_list(file: File) -> tuple[Pieces, list[str | None]]:
     if "" not in stream.lists:
         raise RefusedInput(f"{file} is no list of conversations")
     starts, sizes = np.array(places, np.int64).reshape(-1, 2).T
-    return Pieces(file, np.arange(len(places)), starts, sizes), images
+    return RecordIndex(file, np.arange(len(places)), starts, sizes), images
 
 
-def _together(records: Pieces, images: list[str | None]) -> tuple[Pieces, np.ndarray]:
+def _together(records: RecordIndex, images: list[str | None]) -> tuple[RecordIndex, np.ndarray]:
     """The records with those of one picture behind its first, and their marks: no shard begins inside a picture."""
     firsts: dict[int, int] = {}
     order, marks = np.arange(len(records)), np.empty(len(records), np.uint64)
@@ -160,7 +160,7 @@ def _together(records: Pieces, images: list[str | None]) -> tuple[Pieces, np.nda
                 marks[number] = NEVER
     chosen = np.argsort(order, kind="stable")
     parts = (records.numbers[chosen], records.starts[chosen], records.sizes[chosen])
-    return Pieces(records.file, *parts), marks[chosen]
+    return RecordIndex(records.file, *parts), marks[chosen]
 
 
 def made_of(settings: ShardSettings, photos: Photos, items: Sequence[tuple[int, bytes]]) -> Iterator[object]:
@@ -190,4 +190,4 @@ def _name_and_images(data: bytes) -> tuple[str | None, list[str]]:
     return None if name is None else str(name), [path for path in paths if isinstance(path, str)]
 
 
-SOURCE = Source(external_with_roots, locate, listing, each(load), made_of)
+SOURCE = DataSource(external_with_roots, locate, listing, each(load), made_of)

@@ -27,11 +27,11 @@ import pyarrow.parquet as pq
 from components.contract.store import Store
 from components.shard.settings import ShardSettings
 from components.shard.sources.base import (
+    DataSource,
     Listing,
     Loaded,
     Outcome,
     RefusedSample,
-    Source,
     ahead,
     files_of,
     mark,
@@ -110,10 +110,10 @@ def list_groups(store: Store, keys: list[str], columns: Columns) -> Listing:
 
 
 def rows(
-    settings: ShardSettings, place: tuple[Store, Columns], items: Sequence[Group], kept: Store
+    settings: ShardSettings, shared: tuple[Store, Columns], items: Sequence[Group], kept: Store
 ) -> Iterator[Outcome]:
     """The rows of the row groups, in their order."""
-    store, columns = place
+    store, columns = shared
     for key, group, first in items:
         number = first
         with opened(store, key) as file:
@@ -289,14 +289,14 @@ def opened(store: Store, key: str) -> Iterator[pq.ParquetFile]:
 
 
 def made_of(
-    settings: ShardSettings, place: tuple[Store, Columns], items: Sequence[Group]
+    settings: ShardSettings, shared: tuple[Store, Columns], items: Sequence[Group]
 ) -> Iterator[object]:
     """The row groups with the versions of their files, and the columns that are read."""
-    store, columns = place
+    store, columns = shared
     versions = {key: store.stat(key) for key in dict.fromkeys(group.key for group in items)}
     yield columns
     for group in items:
         yield group, versions[group.key]
 
 
-SOURCE = Source(files_of, check, listing, rows, made_of)
+SOURCE = DataSource(files_of, check, listing, rows, made_of)

@@ -16,7 +16,7 @@ from components.contract.store import Store, check_key, open_store
 from components.shard.settings import ShardSettings
 from components.shard.sources.archives import SUFFIXES, Archive
 from components.shard.sources.base import RefusedSample, files_of, open_data
-from components.shard.sources.pieces import File
+from components.shard.sources.record_index import File
 from llava.data.images import BadImage, Size, prove, read_size, shrink
 from llava.data.schema import ImageCell
 from llava.errors import RefusedInput

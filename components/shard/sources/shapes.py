@@ -1,12 +1,12 @@
-"""Source `shapes`: the tiny world of `components/shapes.py`. A sample is described by its number."""
+"""Source `shapes`: the tiny world of `components/tiny_world.py`. A sample is described by its number."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from components import shapes
+from components import tiny_world
 from components.shard.settings import ShardSettings
-from components.shard.sources.base import Listing, Loaded, Source, each
+from components.shard.sources.base import DataSource, Listing, Loaded, each
 from llava.data.schema import Row
 
 
@@ -15,9 +15,9 @@ def listing(settings: ShardSettings) -> Listing:
     return Listing(range(settings.scenes))
 
 
-def load(settings: ShardSettings, place: None, item: int) -> Loaded:
+def load(settings: ShardSettings, shared: None, item: int) -> Loaded:
     """Draw scene `item`; the scene itself says which split it belongs to."""
-    scene = shapes.scene(settings.seed, item)
+    scene = tiny_world.scene(settings.seed, item)
     row: Row = {
         "id": scene.id,
         "image": {"bytes": scene.png, "path": f"{scene.id}.png"},
@@ -38,9 +38,9 @@ def check(settings: ShardSettings) -> None:
     """Nothing can be missing."""
 
 
-def made_of(settings: ShardSettings, place: None, items: Sequence[int]) -> Iterable[object]:
+def made_of(settings: ShardSettings, shared: None, items: Sequence[int]) -> Iterable[object]:
     """The numbers; the settings say what is drawn."""
     return items
 
 
-SOURCE = Source(external, check, listing, each(load), made_of)
+SOURCE = DataSource(external, check, listing, each(load), made_of)

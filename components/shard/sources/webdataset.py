@@ -26,11 +26,11 @@ from components.shard.settings import ShardSettings
 from components.shard.sources import parquet
 from components.shard.sources.archives import CarefulTarInfo, Stream
 from components.shard.sources.base import (
+    DataSource,
     Listing,
     Loaded,
     Outcome,
     RefusedSample,
-    Source,
     ahead,
     files_of,
     mark,
@@ -40,7 +40,7 @@ from components.shard.sources.base import (
 )
 from components.shard.sources.json_stream import parse
 from components.shard.sources.photos import admit, resized
-from components.shard.sources.pieces import File
+from components.shard.sources.record_index import File
 from llava.data.schema import Row
 from llava.errors import RefusedInput
 
@@ -83,11 +83,11 @@ def listing(settings: ShardSettings) -> Listing:
 
 
 def rows(
-    settings: ShardSettings, place: tuple[Store, parquet.Columns] | None, items: Sequence[Any], kept: Store
+    settings: ShardSettings, shared: tuple[Store, parquet.Columns] | None, items: Sequence[Any], kept: Store
 ) -> Iterator[Outcome]:
     """The samples of the tars, in their order."""
-    if place is not None:
-        yield from parquet.rows(settings, place, items, kept)
+    if shared is not None:
+        yield from parquet.rows(settings, shared, items, kept)
         return
     for file in items:
         yield from ahead(lambda raw: _load(settings, raw), samples(file, settings.max_image_bytes))
@@ -223,12 +223,12 @@ def _columns(store: Store, keys: list[str]) -> parquet.Columns:
 
 
 def made_of(
-    settings: ShardSettings, place: tuple[Store, parquet.Columns] | None, items: Sequence[Any]
+    settings: ShardSettings, shared: tuple[Store, parquet.Columns] | None, items: Sequence[Any]
 ) -> Iterable[object]:
     """The tars with their versions, or the row groups."""
-    if place is not None:
-        return parquet.made_of(settings, place, items)
+    if shared is not None:
+        return parquet.made_of(settings, shared, items)
     return [(file.key, file.size, file.version) for file in items]
 
 
-SOURCE = Source(files_of, check, listing, rows, made_of)
+SOURCE = DataSource(files_of, check, listing, rows, made_of)

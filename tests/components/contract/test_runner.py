@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -27,15 +26,13 @@ from components.contract import (
 from components.contract.lease import LEASE
 from components.contract.runner import RUN
 from llava.errors import AlreadyRunning, LlavaError, Preempted, RefusedInput
-
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
-from counting import Count, CountSettings  # noqa: E402
+from tests.support.counting import Count, CountSettings
+from tests.support.repository import REPOSITORY
 
 RUN_AND_HANG = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from counting import Count, CountSettings
+from tests.support.counting import Count, CountSettings
 from components.contract import Tracking, Workspace, open_store, run_component
 workspace = Workspace(open_store(sys.argv[2]), Tracking(sys.argv[3], sys.argv[4]))
 run_component(Count(), CountSettings(stop_after=2, stop_by="hang"), {}, workspace)
@@ -155,7 +152,7 @@ def test_run_killed_with_its_process_is_resumed(on_folder: Workspace) -> None:
             sys.executable,
             "-c",
             RUN_AND_HANG,
-            str(HERE),
+            str(REPOSITORY),
             on_folder.store.uri,
             tracking.uri,
             tracking.experiment,

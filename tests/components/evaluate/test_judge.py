@@ -30,10 +30,11 @@ from components.evaluate.benchmarks import Files, find
 from components.evaluate.benchmarks.base import read_rows
 from components.evaluate.exams import Exam
 from components.evaluate.judge import JudgeSettings, Task
-from components.evaluate.judging import reviews
+from components.evaluate.judge_run import reviews
 from llava.errors import RefusedInput
-from tests.judge_endpoint import Endpoint, Reply, said
-from workflows.score import run_judge
+from tests.support.judge_endpoint import Endpoint, Reply, said
+from tests.support.repository import REPOSITORY
+from workflows.scores.score import run_judge
 
 pytest.importorskip("openai")
 
@@ -198,9 +199,7 @@ def test_kill_9_repeats_only_the_judgements_since_they_were_last_kept(
         "import sys; from components.evaluate import judge; judge.KEEP_SECONDS = 0.3; "
         "from tests.components.evaluate.test_judge import judge_in; judge_in(*sys.argv[1:])"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(root), mlflow_db, entry], cwd=Path(__file__).parents[3]
-    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(root), mlflow_db, entry], cwd=REPOSITORY)
 
     def kept() -> list[str]:
         found = list(root.glob("evaluate/*/checkpoints/reviews/*.jsonl"))

@@ -6,7 +6,7 @@ import pytest
 
 from components.evaluate.benchmarks import find
 from components.evaluate.outcomes import unit_name, without
-from tests.components.evaluate.test_golden import files
+from tests.components.evaluate.benchmarks.test_golden import files
 
 EXAMS = ("vqa", "pope", "scienceqa", "llava-bench")
 

@@ -17,7 +17,7 @@ from components.instruct.llm.prompts import load_prompts
 from components.instruct.llm.requests import Request, Requests
 from components.instruct.llm.responses import Writer, stored
 from llava.data.schema import to_table
-from tests.components.instruct.teacher_server import KEY, MODEL, TeacherServer, teacher_server
+from tests.support.teacher_server import KEY, MODEL, TeacherServer, teacher_server
 
 
 @pytest.fixture

@@ -25,7 +25,8 @@ from components.shard.download import Downloader, Fetched, is_public
 from components.shard.settings import DownloadSettings
 from components.shard.sources import SOURCES, outcomes
 from components.shard.sources.base import RefusedSample
-from tests.components.shard.strange_server import LARGE, StrangeServer
+from tests.support.repository import REPOSITORY
+from tests.support.strange_server import LARGE, StrangeServer
 
 QUICK = DownloadSettings(timeout=1.0, tries=2, longest_pause=2.0, user_agent="a test, test@example.org")
 MOST = 200_000
@@ -290,9 +291,7 @@ def test_what_was_fetched_before_a_kill_is_not_fetched_again(server: StrangeServ
     settings = cc3m(tmp_path / "data", lines, allow_private=True, download=slow)
     kept = tmp_path / "kept"
     command = [sys.executable, "-c", textwrap.dedent(KILLED), settings.model_dump_json(), str(kept)]
-    process = subprocess.Popen(
-        command, cwd=Path(__file__).parents[3], env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    process = subprocess.Popen(command, cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         deadline = time.monotonic() + 60
         while len(list(kept.glob("*.arrow"))) < 3:

@@ -20,7 +20,7 @@ from components.shard import Shard, ShardSettings
 from components.shard.fingerprints import BITS_APART, COLOURS_APART, NEIGHBOURS, fingerprint, groups, near
 from components.shard.report import contact_sheet
 from llava.data.images import Limits
-from tests.pages import ALLOWED, HOSTILE, Seen
+from tests.support.pages import ALLOWED, HOSTILE, Seen
 from workflows.show import show
 
 

@@ -1,0 +1,205 @@
+"""A training stage as a component's work: measure the data, run the Ray Train job, read what came out."""
+
+import contextlib
+import threading
+import time
+import uuid
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotYet
+from typing import Any
+
+import numpy as np
+
+from components.contract import Job
+from components.training import auto, train_fn
+from components.training.board import ProgressClient, start_progress_actor
+from components.training.data import INDEX, extra_sources, measure
+from components.training.progress import Watcher
+from components.training.record import HISTORY, MetricLog, parse
+from components.training.run import MODEL
+from components.training.settings import TrainSettings
+from components.training.task import Task
+from components.training.worker import environment
+from llava import model as models
+from llava.data.plan import Coverage, SampleIndex
+from llava.errors import BudgetReached, LlavaError, Preempted, RefusedInput, Terminated
+from llava.sizes import llava_sizes
+
+_ERRORS = {kind.exit_status: kind for kind in (RefusedInput, BudgetReached, Preempted)}
+
+
+def train_stage(job: Job, parts: tuple[str, ...], view: str) -> None:
+    """Train `parts` of the input `model` on `view` of the input `dataset`; the result is `model/` in the artifact."""
+    coverage = measure(job, view)
+    job.notes["coverage"] = coverage.as_json()
+    _choose(job, coverage)
+    _run(job, parts, view)
+    _tell(job)
+
+
+def _choose(job: Job, coverage: Coverage) -> None:
+    """Settings without `auto`; what was chosen is told and noted."""
+    config = models.load_config(job.inputs["model"].local(MODEL))
+    models.check_packing(config, job.settings.max_length)
+    try:
+        sizes = llava_sizes(config.to_dict())
+    except RefusedInput:
+        sizes = None
+    images = int(SampleIndex.load(job.scratch / INDEX).images.sum())
+    job.settings, told = auto.choose(job.component, job.settings, sizes, coverage, images)
+    if told:
+        job.notes["chosen"] = told
+        job.say(told)
+
+
+def _run(job: Job, parts: tuple[str, ...], view: str) -> None:
+    # An earlier try may have come as far as its history and no further.
+    job.folder.delete(HISTORY)
+    settings: TrainSettings = job.settings
+    progress_actor = start_progress_actor()
+    client = ProgressClient(progress_actor)
+    task = Task(
+        settings=settings,
+        parts=parts,
+        view=view,
+        model=job.inputs["model"],
+        dataset=job.inputs["dataset"],
+        extra=tuple(extra_sources(job.component, settings.extra)),
+        folder=job.folder,
+        guard=job.lease.guard,
+        tracking_uri=job.workspace.tracking.uri,
+        mlflow_run_id=job.run.id,
+        progress_actor=progress_actor,
+        deepspeed=settings.deepspeed(),
+    )
+    if settings.zero_stage:
+        job.notes["deepspeed"] = task.deepspeed
+    try:
+        with Watcher(client, job):
+            _fit(_trainer(job, task), client, job)
+    except LlavaError:
+        raise
+    except Exception as error:
+        _raise_told(client)
+        raise LlavaError(f"{job.component}: the training workers failed for good: {error}") from error
+    _raise_told(client)
+    if job.folder.stat(HISTORY) is None:
+        raise Preempted(
+            f"{job.component}: stopped and saved after step {client.stopped_after()}; "
+            "the same command goes on from there"
+        )
+
+
+def _trainer(job: Job, task: Task) -> Any:
+    from ray import cloudpickle
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    settings, workers = task.settings, task.settings.workers
+    filesystem, base = job.folder.arrow()
+    return TorchTrainer(
+        train_fn.work,
+        train_loop_config=cloudpickle.dumps(task),
+        torch_config=TorchConfig(backend="nccl" if settings.gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=(settings.min_workers, workers) if settings.min_workers else workers,
+            use_gpu=settings.gpu,
+            resources_per_worker={"CPU": settings.cpus_per_worker, **({"GPU": 1} if settings.gpu else {})},
+        ),
+        run_config=RunConfig(
+            # A name that was used by a completed run would silently resume it.
+            name=f"{job.component}-{uuid.uuid4().hex[:12]}",
+            storage_path=f"{base}/checkpoints/ray",
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=settings.max_restarts),
+            worker_runtime_env={"env_vars": environment(settings.cpus_per_worker, settings.gpu)},
+        ),
+    )
+
+
+def _fit(trainer: Any, client: ProgressClient, job: Job) -> None:
+    """`fit`, in a thread: in the main one Ray would put its own handler of Ctrl-C in the place of the command's.
+
+    The first SIGTERM or Ctrl-C asks the workers for a checkpoint and waits for it; the second leaves at once.
+    """
+    done: Future[None] = Future()
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    threading.Thread(target=fit, name="fit", daemon=True).start()
+    try:
+        done.result()
+    except Terminated:
+        grace = job.settings.stop_grace
+        job.say(
+            f"stopping: saving a checkpoint first (for {grace:.0f} s at most; once more to leave at once)"
+        )
+        client.stop()
+        step = _saved(done, client, job)
+        job.say(
+            "no checkpoint in that time; the one before stays" if step is None else f"saved after step {step}"
+        )
+        raise
+
+
+def _saved(done: Future[None], client: ProgressClient, job: Job) -> int | None:
+    """The step after which the workers saved, as soon as they tell; None where `fit` or `stop_grace` ends before.
+
+    `fit` itself may never return: where the whole process group was signalled, the local cluster is going down as well.
+    """
+    end = time.monotonic() + job.settings.stop_grace
+    while time.monotonic() < end:
+        with contextlib.suppress(NotYet):
+            if failure := done.exception(timeout=0.5):
+                job.say(f"while stopping: {failure}")
+            break
+        if (step := client.stopped_after()) is not None:
+            return step
+    return client.stopped_after()
+
+
+def _raise_told(client: ProgressClient) -> None:
+    if failure := client.failure():
+        message, status = failure
+        raise _ERRORS.get(status, LlavaError)(message)
+
+
+def _tell(job: Job) -> None:
+    """Metrics, the plot of the curve and one line."""
+    history = parse(job.folder.read(HISTORY))
+    # What the workers could not log before they ended.
+    MetricLog(job.run).send(history)
+    losses = np.array([entry["train/loss"] for entry in history])
+    edge = max(1, len(losses) // 20)
+    job.metrics["train/loss_first"] = float(losses[:edge].mean())
+    job.metrics["train/loss_last"] = float(losses[-edge:].mean())
+    job.metrics["train/steps"] = float(len(losses))
+    for name in ("train/samples_per_second", "train/tokens_per_second", "train/fill", "train/data_wait"):
+        job.metrics[f"{name}_median"] = float(np.median([entry[name] for entry in history]))
+    job.run.figure(_curve(history, job.component), "training_curve.png")
+    job.say(
+        f"loss {job.metrics['train/loss_first']:.3f} -> {job.metrics['train/loss_last']:.3f} "
+        f"in {len(losses)} updates, {job.metrics['train/samples_per_second_median']:.0f} samples/s"
+    )
+
+
+def _curve(history: list[dict[str, float]], title: str) -> object:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    steps = [entry["step"] for entry in history]
+    losses = np.array([entry["train/loss"] for entry in history])
+    axes.plot(steps, losses, color="#9db8d9", linewidth=0.8, label="each update")
+    width = max(1, len(losses) // 50)
+    smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
+    axes.plot(steps[width - 1 :], smooth, color="#1f4e8c", linewidth=1.8, label=f"mean of {width}")
+    axes.set(xlabel="update", ylabel="loss per supervised token", title=title)
+    axes.legend(frameon=False)
+    return figure

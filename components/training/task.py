@@ -1,0 +1,38 @@
+"""What the driver tells every worker."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from components.contract import Artifact, Folder, Guard
+from components.training.data import DatasetFiles
+from components.training.settings import TrainSettings
+from llava.sizes import Training
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a worker is told; everything in it can be pickled."""
+
+    settings: TrainSettings
+    parts: tuple[str, ...]
+    """What trains: "projector", "language_model" (with `settings.lora` its adapters)."""
+    view: str
+    model: Artifact
+    dataset: Artifact
+    extra: tuple[DatasetFiles, ...]
+    """Further datasets."""
+    folder: Folder
+    guard: Guard
+    tracking_uri: str
+    mlflow_run_id: str
+    progress_actor: Any
+    """The `ProgressActor` actor."""
+    deepspeed: dict[str, Any]
+    """DeepSpeed's configuration, the user's JSON included."""
+
+    @property
+    def training(self) -> Training:
+        """What of the language model learns."""
+        if "language_model" not in self.parts:
+            return "frozen"
+        return "lora" if self.settings.lora else "full"

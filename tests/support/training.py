@@ -1,0 +1,77 @@
+"""Training on real processes without Ray: a tiny world, and a group of ranks that trains on it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava import lora
+from llava.training import checkpoint, memory
+from llava.training.engine import AdamW, Engine, PlainEngine
+from llava.training.loop import Schedule, StepReport, train
+from tests.support.mixed_batches import TrainingParts, pieces, write_mixed
+from tests.support.process_group import run_group
+from tests.support.tiny_llava import tiny_llava
+
+STEPS = 12
+ADAPTERS = lora.Lora(rank=8, alpha=16, dropout=0.1)
+Where = tuple[Path, Path]
+
+
+def make_world(folder: Path) -> Where:
+    """A model folder, and a dataset in which every third sample is text only."""
+    return tiny_llava(folder / "model"), write_mixed(folder / "data.parquet", 120)
+
+
+def _engine(made: TrainingParts, task: dict[str, Any]) -> Engine:
+    memory.checkpoint_activations(made.stock.model.language_model, task.get("checkpointing", "none"))
+    if task.get("fused"):
+        memory.fuse_loss(made.module)
+    adamw = AdamW(weight_decay=0.01, scales=task.get("scales", ()))
+    if not task["zero"]:
+        return PlainEngine(made.module, adamw, gradient_clipping=1.0)
+    from components.training.deepspeed_config import deepspeed_config
+    from components.training.deepspeed_engine import DeepSpeedEngine, prepare_environment
+
+    prepare_environment("cpu")
+    config = deepspeed_config(task["zero"], 1.0, bf16=False)
+    return DeepSpeedEngine(made.module, adamw, config, made.collator.blank_row())
+
+
+def _train(where: Where, task: dict[str, Any]) -> Any:
+    adapters = ADAPTERS if task.get("lora") else None
+    made = pieces(*where, task["stage"], task["tokens_per_row"], adapters=adapters)
+    identity = {"seed": 3, "frozen": checkpoint.frozen_digest(made.stock)}
+    engine = _engine(made, task)
+    first = 0
+    if resume := task.get("resume"):
+        state, position = checkpoint.read(resume, identity)
+        engine.restore(state)
+        first = position.step
+    losses: list[float] = []
+
+    def after(report: StepReport) -> bool:
+        losses.append(report.loss)
+        return report.step == task.get("stop_at")
+
+    done = train(engine, made.collator, Schedule(STEPS, 1e-2, 0.1), first, after)
+    state = engine.state()
+    if state is None:
+        return None
+    if "save" in task:
+        checkpoint.write(task["save"], state, checkpoint.Position(done, identity))
+    return losses, torch.cat([value.flatten() for _, value in sorted(state.weights.items())]).numpy()
+
+
+def train_group(where: Where, workers: int, **task: Any) -> tuple[list[float], torch.Tensor]:
+    """Losses and weights of a run on `workers` real processes.
+
+    `task`: stage, tokens_per_row, zero (0: plain torch), lora, checkpointing, fused, scales, stop_at, save, resume.
+    """
+    task = {"stage": 2, "tokens_per_row": 1000, "zero": 0, **task}
+    if workers == 1 and not task["zero"]:
+        found = _train(where, task)
+    else:
+        found = run_group(_train, workers, where, task, seconds=180)[0]
+    losses, weights = found
+    return losses, torch.from_numpy(weights)

@@ -1,0 +1,355 @@
+"""Retraining: finished drops become shards, stage 2 runs on old and new data, the gate decides.
+
+`ROOT/drops/` keeps one record per drop that was taken: where its shards lie, and what became of the model. They are
+the old data of the next time; of several drops at one place the latest counts. `ROOT/retrain/` holds the lease, the
+versions of the dataset, and while a run is on its plan: which drops it takes and from which model it starts. A run that
+was killed goes on with its plan, whatever else came in or became champion meanwhile, so that one model comes of it.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from components.contract import (
+    Artifact,
+    Entry,
+    Store,
+    Workspace,
+    acquire,
+    open_artifact,
+    open_store,
+    say,
+    sha256_of,
+)
+from components.finetune import Finetune
+from components.instruct import Instruct
+from components.registry import CHAMPION, Registry
+from components.shard import Shard, ShardSettings
+from components.shard.sources import llava as llava_source
+from components.training.data import source_of
+from components.training.settings import Extra
+from llava.errors import RefusedInput
+from workflows import train
+from workflows.config import WorkflowConfig
+from workflows.retraining.drops import READY, RECORDS, Drop, Looked, look, take
+from workflows.train import Stage, Summary
+
+PLACE = "retrain"
+PLAN = f"{PLACE}/plan.json"
+VERSIONS = f"{PLACE}/versions"
+IDS_TOLD = 20
+_CONVERSATIONS = (".json", ".jsonl")
+_LIMITS = (
+    "rows_per_shard", "rows_per_group", "group_bytes", "min_pixels", "max_pixels", "max_image_bytes", "max_text",
+    "resize", "workers",
+)  # fmt: skip
+
+
+@dataclass
+class Retrained:
+    """What came of it; `as_json` is the last line of `--json`."""
+
+    result: str = "nothing new"
+    drops: list[str] = field(default_factory=list)
+    waiting: list[str] = field(default_factory=list)
+    set_aside: dict[str, dict[str, Any]] = field(default_factory=dict)
+    summary: Summary | None = None
+    data_version: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        summary = self.summary.as_json() if self.summary else {}
+        return summary | {name: value for name, value in vars(self).items() if name != "summary"}
+
+
+@dataclass(frozen=True)
+class RetrainPlan:
+    """What one retraining takes, fixed before it starts."""
+
+    drops: list[Drop]
+    contents: dict[str, str]
+    """Of each drop, by its digest: what its files hold, wherever and whenever they were copied."""
+    start: str | None
+    """The champion's artifact, where that is what is trained on."""
+
+    def to_bytes(self) -> bytes:
+        """For the root."""
+        return json.dumps(asdict(self), indent=1).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "RetrainPlan":
+        """What `to_bytes` wrote."""
+        value = json.loads(data)
+        return cls([Drop(**one) for one in value["drops"]], value["contents"], value["start"])
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One dataset of the version: `role` is base, old or new; `weight`: times that a sample is seen in an epoch."""
+
+    role: str
+    artifact: Artifact
+    weight: float
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "role": self.role,
+            "uri": self.artifact.uri,
+            "digest": self.artifact.digest,
+            "weight": self.weight,
+        }
+
+
+def retrain(config: WorkflowConfig, root: str, prefixes: Sequence[str], wait: bool = False) -> Retrained:
+    """Take the finished drops under `prefixes` that `root` has not taken, and train on them.
+
+    Nothing new: no cluster, no MLflow run. Raises AlreadyRunning while another retraining of the root is on (with
+    `wait`: waits for it), RefusedInput over `retrain.max_bad` and for a drop folder that does not exist; run again,
+    it goes on from what is there.
+    """
+    store = open_store(root)
+    looked = look(root, prefixes, config.retrain.settle)
+    for uri in looked.waiting:
+        say(f"{uri} waits: no {READY} lies in it yet, or its files still change", "retrain")
+    for uri in looked.empty:
+        say(f"nothing at all lies under {uri}: is it where new data comes in?", "retrain")
+    if not looked.new and store.stat(PLAN) is None:
+        return _nothing_new(looked)
+    with acquire(store.sub(PLACE), wait=wait, say=lambda text: say(text, "retrain")):
+        # Whoever held the lease before may have taken these drops.
+        looked = replace(looked, new=look(root, prefixes, 0).new)
+        plan = _standing(store, looked) or _plan(config, root, store, looked)
+        if plan is None:
+            return _nothing_new(looked)
+        return _run(config, root, plan, looked, wait)
+
+
+def _nothing_new(looked: Looked) -> Retrained:
+    say("nothing new", "retrain")
+    return Retrained(waiting=looked.waiting)
+
+
+def _standing(store: Store, looked: Looked) -> RetrainPlan | None:
+    """The plan of a run that did not end, if its drops still are what they were."""
+    found = store.fetch(PLAN)
+    if found is None:
+        return None
+    plan = RetrainPlan.from_bytes(found[0])
+    new = {drop.digest for drop in looked.new}
+    taken = [drop.digest for drop in plan.drops if store.stat(f"{RECORDS}/{drop.digest}.json") is not None]
+    gone = [drop.uri for drop in plan.drops if drop.digest not in {*new, *taken}]
+    if gone or len(taken) == len(plan.drops):
+        if gone:
+            say(f"a retraining that did not end is given up: {gone[0]} changed or is gone", "retrain")
+        store.delete(PLAN)
+        return None
+    say("going on with a retraining that did not end", "retrain")
+    return plan
+
+
+def _plan(config: WorkflowConfig, root: str, store: Store, looked: Looked) -> RetrainPlan | None:
+    """A plan of all new drops but those that hold what was taken already; None where none is left."""
+    known = {record["contents"]: record["uri"] for record in _records(store)}
+    drops: list[Drop] = []
+    contents: dict[str, str] = {}
+    for drop in sorted(looked.new, key=lambda drop: drop.uri):
+        holds = _contents(drop)
+        if (other := known.get(holds)) is not None:
+            say(f"{drop.uri} holds what {other} held: nothing to take", "retrain")
+            take(root, drop, {"same_as": other})
+            continue
+        known[holds] = drop.uri
+        contents[drop.digest] = holds
+        drops.append(drop)
+    if not drops:
+        return None
+    plan = RetrainPlan(
+        drops, contents, _champion(config, root) if config.retrain.start == "champion" else None
+    )
+    store.write(PLAN, plan.to_bytes())
+    return plan
+
+
+def _champion(config: WorkflowConfig, root: str) -> str:
+    """The artifact of the champion that is trained on."""
+    name = config.register_.name
+    champion = Registry(train.tracking_uri(root)).by_alias(name, CHAMPION)
+    uri = champion.tags.get("artifact_uri") if champion else None
+    if uri is None:
+        raise RefusedInput(
+            f"retrain.start=champion: {name} has no champion that comes from an artifact: run `llava train` first, "
+            "or set retrain.start=pretrain"
+        )
+    return uri
+
+
+def _contents(drop: Drop) -> str:
+    """Digest of what a drop's files hold; reads them all."""
+    store = open_store(drop.uri)
+    return sha256_of([[entry.key, store.sha256(entry.key)] for entry in store.list() if entry.key != READY])
+
+
+def _records(store: Store) -> list[dict[str, Any]]:
+    """What was taken, the oldest first; of several drops at one place the latest."""
+    found = [json.loads(store.read(entry.key)) for entry in store.list(f"{RECORDS}/")]
+    found = sorted((one for one in found if "datasets" in one), key=lambda one: (one["taken"], one["uri"]))
+    return [
+        one for index, one in enumerate(found) if one["uri"] not in {two["uri"] for two in found[index + 1 :]}
+    ]
+
+
+def _run(config: WorkflowConfig, root: str, plan: RetrainPlan, looked: Looked, wait: bool) -> Retrained:
+    workspace = train.open_workspace(config.name, root, wait)
+    retraining = _Retraining(config, workspace, plan)
+    summary = train.run(config, workspace, order=retraining.order)
+    assert summary.model is not None
+    for drop in plan.drops:
+        take(root, drop, retraining.note(drop) | {"model": summary.model})
+    workspace.store.delete(PLAN)
+    uris = [drop.uri for drop in plan.drops]
+    result = summary.model["alias"]
+    return Retrained(result, uris, looked.waiting, retraining.set_aside, summary, retraining.version)
+
+
+class _Retraining:
+    """One run of the workflow on old and new data."""
+
+    def __init__(self, config: WorkflowConfig, workspace: Workspace, plan: RetrainPlan) -> None:
+        self.config, self.workspace, self.plan = config, workspace, plan
+        self.datasets: dict[str, list[Artifact]] = {}
+        """The shards of each new drop, by its digest."""
+        self.set_aside: dict[str, dict[str, Any]] = {}
+        self.version: str | None = None
+
+    def order(self, config: WorkflowConfig, workspace: Workspace, summary: Summary, stage: Stage) -> None:
+        """New data first: what is bad is found before anything is trained."""
+        self.tell({"drops": [drop.uri for drop in self.plan.drops]})
+        for drop in self.plan.drops:
+            self.shard(drop, stage)
+        self.judge_what_was_set_aside()
+        places = {drop.uri for drop in self.plan.drops}
+        old = [
+            open_artifact(dataset["uri"])
+            for record in _records(workspace.store)
+            if record["uri"] not in places
+            for dataset in record["datasets"]
+        ]
+        new = [dataset for drop in self.plan.drops for dataset in self.datasets[drop.digest]]
+        new = [dataset for dataset in new if source_of(dataset).keys]
+        if not new:
+            raise RefusedInput("the new drops hold no record that can be trained on; see what was set aside")
+        if self.plan.start is None:
+            model, questions = train.until_finetune(config, workspace, summary, stage)
+            weight = 1.0
+        else:
+            model = open_artifact(self.plan.start)
+            questions = stage(Instruct(), config.instruct, dataset=stage(Shard(), config.shard))
+            weight = config.retrain.replay
+        before = [_Part("base", questions, weight), *(_Part("old", one, weight) for one in old)]
+        parts = [*before, *(_Part("new", one, 1.0) for one in new)]
+        self.keep_version([part for part in parts if part.weight])
+        model = self.finetune(stage, model, [part for part in parts if part.weight])
+        train.evaluate_and_register(config, workspace, stage, model, questions)
+
+    def finetune(self, stage: Stage, model: Artifact, parts: Sequence[_Part]) -> Artifact:
+        """Stage 2 on all parts; the first one of weight 1 is its dataset, the others stand beside it."""
+        settings = self.config.finetune
+        first = next(part for part in parts if part.weight == 1.0)
+        beside = tuple(
+            Extra(uri=part.artifact.uri, weight=part.weight) for part in parts if part is not first
+        )
+        changed: dict[str, Any] = {"extra": (*settings.extra, *beside)}
+        if settings.eval_every and not source_of(first.artifact, "heldout").keys:
+            say(f"{first.artifact.uri} holds no held-out samples: finetune.eval_every is off", "retrain")
+            changed["eval_every"] = 0
+        return stage(Finetune(), settings.model_copy(update=changed), model=model, dataset=first.artifact)
+
+    def shard(self, drop: Drop, stage: Stage) -> None:
+        """One artifact per conversations file of the drop; what cannot be read is set aside."""
+        store = open_store(drop.uri)
+        files = [entry for entry in store.list() if _holds_conversations(entry)]
+        datasets: list[Artifact] = []
+        reasons: dict[str, dict[str, Any]] = {}
+        if not files:
+            _count(reasons, "no-conversations", [f"neither .json nor .jsonl lies in {drop.uri}"], 1)
+        limits = {name: getattr(self.config.shard, name) for name in _LIMITS}
+        for file in files:
+            settings = ShardSettings(
+                source="llava", path=drop.uri, conversations=file.key, heldout=0, max_bad=1, **limits
+            )
+            try:
+                empty = not len(llava_source.listing(settings).items)
+            except RefusedInput as error:
+                _count(reasons, "unreadable-file", [f"{file.key}: {error}"], 1)
+                continue
+            if empty:
+                _count(reasons, "empty-file", [file.key], 1)
+                continue
+            name = f"drop {drop.uri.rsplit('/', 1)[-1]}" + (f"/{file.key}" if len(files) > 1 else "")
+            made = stage(Shard(), settings, name)
+            for reason, refused in made.manifest.notes["refused"].items():
+                _count(reasons, reason, refused["ids"], refused["count"])
+            datasets.append(made)
+        self.datasets[drop.digest] = datasets
+        kept = sum(dataset.manifest.notes["rows"]["train"] for dataset in datasets)
+        bad = sum(one["count"] for one in reasons.values())
+        if bad:
+            self.set_aside[drop.uri] = {"records": kept + bad, "set_aside": bad, "reasons": reasons}
+            say(f"{drop.uri}: {bad} of {kept + bad} records set aside: {_said(reasons)}", "retrain")
+
+    def judge_what_was_set_aside(self) -> None:
+        """Report it to MLflow, and stop over the limit."""
+        assert self.workspace.parent is not None
+        if self.set_aside:
+            self.workspace.parent.text(json.dumps(self.set_aside, indent=1), "set_aside.json")
+        self.tell({"set_aside": sum(one["set_aside"] for one in self.set_aside.values())})
+        for uri, found in self.set_aside.items():
+            share = found["set_aside"] / found["records"]
+            if share > self.config.retrain.max_bad:
+                raise RefusedInput(
+                    f"{uri}: {found['set_aside']} of {found['records']} records are bad ({_said(found['reasons'])}), "
+                    f"limit retrain.max_bad={self.config.retrain.max_bad:g}: mend or remove the drop, or raise it"
+                )
+
+    def keep_version(self, parts: Sequence[_Part]) -> None:
+        """The version of the dataset: its parts with their digests, kept in the root and in MLflow."""
+        told = [part.as_json() for part in parts]
+        self.version = sha256_of([[one["role"], one["digest"], one["weight"]] for one in told])
+        data = json.dumps({"version": self.version, "parts": told}, indent=1)
+        self.workspace.store.create(f"{VERSIONS}/{self.version[:16]}.json", data.encode())
+        assert self.workspace.parent is not None
+        self.workspace.parent.text(data, "data_version.json")
+        self.tell({"data_version": self.version})
+        say(f"data version {self.version[:16]}: {len(parts)} datasets", "retrain")
+
+    def tell(self, tags: dict[str, Any]) -> None:
+        assert self.workspace.parent is not None
+        self.workspace.parent.tags(tags)
+
+    def note(self, drop: Drop) -> dict[str, Any]:
+        """What the root keeps about a drop that was taken."""
+        datasets = [{"uri": one.uri, "digest": one.digest} for one in self.datasets[drop.digest]]
+        return {
+            "contents": self.plan.contents[drop.digest],
+            "datasets": datasets,
+            "set_aside": self.set_aside.get(drop.uri),
+            "data_version": self.version,
+        }
+
+
+def _holds_conversations(entry: Entry) -> bool:
+    return "/" not in entry.key and entry.key.endswith(_CONVERSATIONS)
+
+
+def _count(reasons: dict[str, dict[str, Any]], reason: str, ids: list[str], times: int) -> None:
+    found = reasons.setdefault(reason, {"count": 0, "ids": []})
+    found["count"] += times
+    found["ids"] = [*found["ids"], *ids][:IDS_TOLD]
+
+
+def _said(reasons: dict[str, dict[str, Any]]) -> str:
+    return ", ".join(
+        f"{found['count']} x {reason} (such as {found['ids'][0]})"
+        for reason, found in sorted(reasons.items())
+    )
