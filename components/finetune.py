@@ -7,11 +7,9 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from components.contract import Artifact, Component, Job
 from components.contract.component import run_field
-from components.training import data
 from components.training.settings import TrainSettings
-from components.training.stage import train_stage
+from components.training.stage import TrainingStage
 
 
 class FinetuneSettings(TrainSettings):
@@ -30,22 +28,11 @@ class FinetuneSettings(TrainSettings):
     )
 
 
-class Finetune(Component):
+class Finetune(TrainingStage):
     """Takes `model` and `dataset` (conversations), gives the LLaVA."""
 
     name: ClassVar[str] = "finetune"
     version: ClassVar[str] = "2"
     Settings = FinetuneSettings
-    parts: ClassVar[tuple[str, ...]] = ("projector", "language_model")
-    """What learns: keys of `llava.model.PARTS`."""
-
-    def check(self, settings: FinetuneSettings, inputs: dict[str, Artifact]) -> None:
-        """Refuse further datasets that cannot be read, and a held-out loss without held-out samples."""
-        data.check(self.name, settings, inputs["dataset"], "conversations")
-
-    def external(self, settings: FinetuneSettings) -> dict[str, str]:
-        """The further datasets."""
-        return data.external(self.name, settings.extra)
-
-    def run(self, job: Job) -> None:
-        train_stage(job, parts=self.parts, view="conversations")
+    trains: ClassVar[tuple[str, ...]] = ("projector", "language_model")
+    view: ClassVar[str] = "conversations"

@@ -7,10 +7,8 @@ from typing import ClassVar
 
 from pydantic import Field, model_validator
 
-from components.contract import Artifact, Component, Job
-from components.training import data
 from components.training.settings import TrainSettings
-from components.training.stage import train_stage
+from components.training.stage import TrainingStage
 
 
 class PretrainSettings(TrainSettings):
@@ -32,22 +30,11 @@ class PretrainSettings(TrainSettings):
         return self
 
 
-class Pretrain(Component):
+class Pretrain(TrainingStage):
     """Takes `model` and `dataset` (captions), gives a model with a trained projector."""
 
     name: ClassVar[str] = "pretrain"
     version: ClassVar[str] = "2"
     Settings = PretrainSettings
-    parts: ClassVar[tuple[str, ...]] = ("projector",)
-    """What learns: keys of `llava.model.PARTS`."""
-
-    def check(self, settings: PretrainSettings, inputs: dict[str, Artifact]) -> None:
-        """Refuse further datasets that cannot be read, and a held-out loss without held-out samples."""
-        data.check(self.name, settings, inputs["dataset"], "captions")
-
-    def external(self, settings: PretrainSettings) -> dict[str, str]:
-        """The further datasets."""
-        return data.external(self.name, settings.extra)
-
-    def run(self, job: Job) -> None:
-        train_stage(job, parts=self.parts, view="captions")
+    trains: ClassVar[tuple[str, ...]] = ("projector",)
+    view: ClassVar[str] = "captions"

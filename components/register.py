@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import ClassVar
 
 from pydantic import Field
@@ -69,6 +70,7 @@ class Register(Component):
     name: ClassVar[str] = "register"
     version: ClassVar[str] = "2"
     Settings: ClassVar[type[Settings]] = RegisterSettings
+    takes = MappingProxyType({"model": "model", "evaluation": "evaluation"})
     on_ray: ClassVar[bool] = False
 
     def check(self, settings: RegisterSettings, inputs: Mapping[str, Artifact]) -> None:

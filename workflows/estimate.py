@@ -9,8 +9,10 @@ from typing import Any
 
 from components.backbones import tiny
 from components.backbones.component import BackbonesSettings
+from components.finetune import Finetune
+from components.pretrain import Pretrain
 from components.registry import open_model
-from components.training.auto import candidates, training_of
+from components.training.auto import candidates
 from components.training.settings import WITHOUT_GPU, TrainSettings
 from llava import estimate as arithmetic
 from llava.errors import RefusedInput
@@ -75,7 +77,7 @@ def _stage(
     settings: TrainSettings = getattr(config, name)
     expected: Expected | None = getattr(config.estimate, name)
     corpus = (expected or UNKNOWN).corpus(settings.epochs)
-    training = training_of(name, settings)
+    training = settings.training({"pretrain": Pretrain, "finetune": Finetune}[name].trains)
     found = candidates(sizes, settings, training, gpus, corpus, card)
     best = arithmetic.choose(found, card, f"{config.name}, {name} on {gpus} x {gpu}")
     faster = min((each for each in found if not each.roomy), key=lambda each: each.seconds, default=None)

@@ -91,6 +91,7 @@ class Backbones(Component):
     name: ClassVar[str] = "backbones"
     version: ClassVar[str] = "2"
     Settings = BackbonesSettings
+    gives = ("model",)
     on_ray = False
 
     def external(self, settings: BackbonesSettings) -> dict[str, str]:

@@ -45,6 +45,7 @@ class Given(Component):
     name: ClassVar[str] = "backbones"
     version: ClassVar[str] = "given-1"
     Settings = GivenSettings
+    gives = ("model",)
     on_ray = False
 
     def external(self, settings: GivenSettings) -> dict[str, str]:

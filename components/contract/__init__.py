@@ -1,6 +1,6 @@
 """What every component agrees on: stores, leases, manifests, settings, tracking, and the runner."""
 
-from components.contract.component import Component, Job, Settings, recipe, run_field, run_part
+from components.contract.component import Component, Job, Settings, recipe, refusals, run_field, run_part
 from components.contract.console import Console, say
 from components.contract.digest import artifact_digest, canonical_json, fingerprint, sha256_of
 from components.contract.lease import Guard, Lease, LeaseLost, acquire, holder
@@ -9,6 +9,8 @@ from components.contract.manifest import (
     Artifact,
     FileEntry,
     Manifest,
+    artifact_folders,
+    find_artifact,
     open_artifact,
     read_artifact,
     remove_artifact,
@@ -44,13 +46,16 @@ __all__ = [
     "Workspace",
     "acquire",
     "artifact_digest",
+    "artifact_folders",
     "canonical_json",
+    "find_artifact",
     "fingerprint",
     "holder",
     "open_artifact",
     "open_store",
     "read_artifact",
     "recipe",
+    "refusals",
     "refuse_secrets",
     "remove_artifact",
     "run_component",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import Any, ClassVar, Generic, TypeVar
 
 import pydantic
 from pydantic.fields import FieldInfo
@@ -15,6 +17,7 @@ from components.contract.manifest import Artifact
 from components.contract.store import Folder
 from components.contract.tracking import TrackedRun
 from components.contract.workspace import Workspace
+from llava.errors import RefusedInput
 
 
 class Settings(pydantic.BaseModel):
@@ -72,11 +75,14 @@ def _is_run(info: FieldInfo) -> bool:
     return isinstance(extra, dict) and extra.get("run") is True
 
 
-@dataclass
-class Job:
-    """What `Component.run` works with."""
+S = TypeVar("S", bound=Settings)
 
-    settings: Any
+
+@dataclass
+class Job(Generic[S]):
+    """What `Component.run` works with; `Job[PretrainSettings]` is one whose settings are those of `pretrain`."""
+
+    settings: S
     inputs: dict[str, Artifact]
     folder: Folder
     """The artifact's folder: files written here become the artifact. An earlier try's files may lie in it."""
@@ -109,18 +115,34 @@ class Component(ABC):
     version: ClassVar[str]
     """Raised whenever the same recipe would give another result."""
     Settings: ClassVar[type[Settings]] = Settings
+    takes: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """The inputs by name, and of which kind each is: the table of stages finds who gives it."""
+    gives: ClassVar[tuple[str, ...]] = ()
+    """What kinds of input the artifact can be to a later stage: model, dataset, captions, conversations, evaluation."""
+    trains: ClassVar[tuple[str, ...]] = ()
+    """What learns: keys of `llava.model.PARTS`; empty for a component that trains nothing."""
     on_ray: ClassVar[bool] = True
     """Whether `run` needs a Ray cluster."""
 
+    def preflight(self, settings: Any, workspace: Workspace) -> list[str]:
+        """What would be refused, one line each, found before anything is made and without any input artifact.
+
+        All stages of a workflow are asked before the first of them runs. By default: what `external` refuses.
+        """
+        return refusals(lambda: self.external(settings))
+
+    def check_input(self, settings: Any, name: str, artifact: Artifact) -> None:  # noqa: B027 - optional by design
+        """Raise RefusedInput for an input that cannot serve; asked as soon as it is made, the others may be missing."""
+
     def check(self, settings: Any, inputs: dict[str, Artifact]) -> None:  # noqa: B027 - optional by design
-        """Raise RefusedInput for what cannot work, before any work starts."""
+        """Raise RefusedInput for what cannot work, with all inputs at hand, before the component's own work starts."""
 
     def external(self, settings: Any) -> dict[str, str]:
         """Fingerprints, by name, of what enters from outside the root (see `digest.fingerprint`)."""
         return {}
 
     @abstractmethod
-    def run(self, job: Job) -> None:
+    def run(self, job: Job[Any]) -> None:
         """Make the artifact's files in `job.folder`, going on from what an earlier try left there."""
 
     def check_found(self, settings: Any, artifact: Artifact) -> None:  # noqa: B027 - optional by design
@@ -129,3 +151,14 @@ class Component(ABC):
     def still_stands(self, artifact: Artifact, workspace: Workspace) -> bool:
         """Whether a finished artifact still counts; one that needs an entry elsewhere looks for it."""
         return True
+
+
+def refusals(*checks: Callable[[], object]) -> list[str]:
+    """The messages of those checks that raise RefusedInput; for `Component.preflight`."""
+    found: list[str] = []
+    for check in checks:
+        try:
+            check()
+        except RefusedInput as error:
+            found.append(str(error))
+    return found

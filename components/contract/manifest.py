@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,10 +14,15 @@ from typing import Any
 import pydantic
 
 from components.contract.digest import sha256_of
-from components.contract.store import Folder, check_key, open_store
+from components.contract.lease import LEASE
+from components.contract.store import Folder, Store, check_key, open_store
 from llava.errors import RefusedInput
 
 MANIFEST = "manifest.json"
+RUN = "run.json"
+"""The MLflow run of an artifact that is not finished, or whose run is not closed yet."""
+_MARKS = (MANIFEST, RUN, LEASE)
+_ADDRESS = re.compile(r"([a-z_]+/[0-9a-f]{16})/(.+)")
 HASH_UP_TO = 4 << 30  # bytes: a few seconds of hashing; above it, finding an artifact looks at sizes alone
 
 
@@ -81,6 +87,11 @@ class Artifact:
         return self.folder.uri
 
     @property
+    def root(self) -> Folder:
+        """The root that it lies in."""
+        return open_store(self.uri.rsplit("/", 2)[0])
+
+    @property
     def digest(self) -> str:
         """Hex sha256 of what it was made from."""
         return self.manifest.digest
@@ -129,6 +140,32 @@ def read_artifact(folder: Folder) -> Artifact | None:
         raise RefusedInput(
             f"{folder.uri}/{MANIFEST} is damaged ({where}: {first['msg']}): {_way_out(folder)}"
         ) from None
+
+
+def find_artifact(digest: str, roots: Iterable[Store]) -> Artifact | None:
+    """The finished artifact with that digest in one of the roots, whatever component made it; None if none has it."""
+    for root in roots:
+        for component in root.folders():
+            found = read_artifact(root.sub(f"{component}/{digest[:16]}"))
+            if found is not None and found.digest == digest:
+                return found
+    return None
+
+
+def artifact_folders(root: Store) -> dict[str, int]:
+    """Every artifact's address in a root (`component/digest`), finished or not, with the bytes that lie there.
+
+    A folder is an artifact's by its address and by a manifest, a lease or the record of a run; who made it does not
+    matter, so that a stage that this version does not know is seen as well.
+    """
+    sizes: dict[str, int] = {}
+    artifacts: set[str] = set()
+    for entry in root.list():
+        if found := _ADDRESS.match(entry.key):
+            sizes[found[1]] = sizes.get(found[1], 0) + entry.size
+            if found[2] in _MARKS:
+                artifacts.add(found[1])
+    return {address: size for address, size in sizes.items() if address in artifacts}
 
 
 def verify(artifact: Artifact, say: Callable[[str], None] | None = None) -> None:

@@ -13,14 +13,13 @@ from pathlib import Path
 from components.contract import lease as leases
 from components.contract.component import Component, Job, Settings, recipe, run_part
 from components.contract.digest import artifact_digest
-from components.contract.manifest import MANIFEST, Artifact, FileEntry, Manifest, read_artifact, verify
+from components.contract.manifest import MANIFEST, RUN, Artifact, FileEntry, Manifest, read_artifact, verify
 from components.contract.provenance import code_revision, versions
 from components.contract.store import Folder
 from components.contract.tracking import PARENT_TAG, TrackedRun, TrackingError
 from components.contract.workspace import Workspace
 from llava.errors import BudgetReached, LlavaError, Preempted, RefusedInput, Terminated
 
-RUN = "run.json"  # the MLflow run of an artifact that is not finished, or whose run is not closed yet
 CHECKPOINTS = "checkpoints"
 _STOPPED = (Preempted, BudgetReached, Terminated, KeyboardInterrupt, SystemExit)
 

@@ -8,6 +8,7 @@ benchmarks come from a table, with files of one's own or of the field.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import ClassVar
 
 from components.contract import Artifact, Component, Job, Settings
@@ -39,6 +40,8 @@ class Evaluate(Component):
     name: ClassVar[str] = "evaluate"
     version: ClassVar[str] = "4"
     Settings: ClassVar[type[Settings]] = EvaluateSettings
+    takes = MappingProxyType({"model": "model", "questions": "conversations"})
+    gives = ("evaluation",)
 
     def check(self, settings: EvaluateSettings, inputs: Mapping[str, Artifact]) -> None:
         """Refuse a model artifact without a model, and questions where there are none."""

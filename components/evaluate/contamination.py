@@ -13,11 +13,10 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from components.contract import Artifact, Store, open_store, read_artifact
+from components.contract import Artifact, Store, find_artifact, open_store
 from llava.data.schema import IMAGE_COLUMNS
 
 TRAIN = "train/"
-_MAKERS = ("instruct", "filter", "shard", "finetune", "pretrain", "backbones")
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ def look(model: Artifact, stores: Collection[Store], pictures: Collection[str]) 
 
     `stores`: the roots to look for its datasets in.
     """
-    datasets, unknown = _lineage(model, [_root_of(model), *stores])
+    datasets, unknown = _lineage(model, [model.root, *stores])
     found: set[str] = set()
     if pictures and datasets:
         import ray
@@ -95,20 +94,6 @@ def _extra(uri: str) -> _Files | None:
 
 def _training(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name in names if name.startswith(TRAIN) and name.endswith(".parquet"))
-
-
-def find_artifact(digest: str, stores: Collection[Store]) -> Artifact | None:
-    """The finished artifact with that digest in one of the roots, whatever made it; None where there is none."""
-    for store in stores:
-        for component in _MAKERS:
-            found = read_artifact(store.sub(f"{component}/{digest[:16]}"))
-            if found is not None and found.digest == digest:
-                return found
-    return None
-
-
-def _root_of(model: Artifact) -> Store:
-    return open_store(model.uri.rsplit("/", 2)[0])
 
 
 def _seek(folder: Store, key: str, wanted: frozenset[str]) -> set[str]:

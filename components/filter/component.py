@@ -10,6 +10,7 @@ scores stay comparable.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -39,6 +40,8 @@ class Filter(Component):
     name: ClassVar[str] = "filter"
     version: ClassVar[str] = "1"
     Settings: ClassVar[type[FilterSettings]] = FilterSettings
+    takes = MappingProxyType({DATASET: "captions"})
+    gives = ("captions",)
 
     def check(self, settings: FilterSettings, inputs: dict[str, Artifact]) -> None:
         """Refuse an input that is no dataset."""

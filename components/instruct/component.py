@@ -7,19 +7,21 @@ by the rules: their answers are short, certain and can be compared.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from types import MappingProxyType
 from typing import ClassVar
 
 import pyarrow.parquet as pq
 
-from components.contract.component import Component, Job
+from components.contract.component import Component, Job, refusals
 from components.contract.manifest import Artifact
 from components.contract.store import Folder
+from components.contract.workspace import Workspace
 from components.datasets.results import Refusals, note_refused
 from components.datasets.tasks import ShardOutput, ShardTask, run_shards
 from components.instruct.llm.checks import VERSION, language_is_known
 from components.instruct.llm.endpoint import read_key
 from components.instruct.llm.prompts import load_prompts
-from components.instruct.llm.stage import answered_tasks
+from components.instruct.llm.stage import answered_tasks, try_endpoint
 from components.instruct.report import report
 from components.instruct.samples import heldout_row, measure, questions, samples, spread_over_kinds
 from components.instruct.settings import InstructSettings
@@ -35,8 +37,21 @@ class Instruct(Component):
     name: ClassVar[str] = "instruct"
     version: ClassVar[str] = "1"
     Settings: ClassVar[type[InstructSettings]] = InstructSettings
+    takes = MappingProxyType({DATASET: "dataset"})
+    gives = ("conversations",)
     # It joins the cluster itself, after an endpoint was tried.
     on_ray = False
+
+    def preflight(self, settings: InstructSettings, workspace: Workspace) -> list[str]:
+        """What a teacher behind an endpoint cannot do without, the endpoint itself among it."""
+        if settings.teacher != "llm":
+            return []
+        found = refusals(
+            lambda: load_prompts(settings.prompts),
+            lambda: read_key(settings),
+            lambda: _known_language(settings),
+        )
+        return found or refusals(lambda: try_endpoint(settings, workspace))
 
     def check(self, settings: InstructSettings, inputs: dict[str, Artifact]) -> None:
         """Refuse an input that is no dataset, and what a teacher behind an endpoint cannot do without."""
@@ -46,10 +61,7 @@ class Instruct(Component):
             raise RefusedInput(f"{inputs[DATASET].uri}: holds no train/*.parquet, so it is no dataset")
         if settings.teacher == "llm":
             read_key(settings)
-            if not language_is_known(settings.language):
-                raise RefusedInput(
-                    f"instruct.language={settings.language}: give an ISO 639 code such as en or de"
-                )
+            _known_language(settings)
 
     def external(self, settings: InstructSettings) -> dict[str, str]:
         """The prompts, by their contents, and which checks the answers have to pass."""
@@ -81,6 +93,11 @@ class Instruct(Component):
         result = run_shards(job, tasks, group=settings.group, workers=settings.workers, refusals=refusals)
         note_refused(job, result)
         report(job, result)
+
+
+def _known_language(settings: InstructSettings) -> None:
+    if not language_is_known(settings.language):
+        raise RefusedInput(f"instruct.language={settings.language}: give an ISO 639 code such as en or de")
 
 
 def training_files(dataset: Artifact) -> list[str]:

@@ -6,9 +6,10 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from components.contract.component import Component, Job, recipe
+from components.contract.component import Component, Job, recipe, refusals
 from components.contract.digest import canonical_json, sha256_of
 from components.contract.manifest import Artifact
+from components.contract.workspace import Workspace
 from components.datasets.results import Refusals, note_refused
 from components.datasets.tasks import ShardOutput, ShardTask, run_shards
 from components.shard.report import report
@@ -30,6 +31,11 @@ class Shard(Component):
     name: ClassVar[str] = "shard"
     version: ClassVar[str] = "3"
     Settings: ClassVar[type[ShardSettings]] = ShardSettings
+    gives = ("dataset", "captions")
+
+    def preflight(self, settings: ShardSettings, workspace: Workspace) -> list[str]:
+        """A data folder, or a file of it, that is not there."""
+        return refusals(lambda: self.check(settings, {}))
 
     def check(self, settings: ShardSettings, inputs: dict[str, Artifact]) -> None:
         """Refuse a data folder whose files are not found."""
@@ -66,8 +72,8 @@ class Shard(Component):
         ]
         # Where the number of samples is a guess, their share can be judged at the end only.
         limit = settings.max_bad if listing.exact else 1.0
-        refusals = Refusals(sum(task.samples for task in tasks), limit, "shard.max_bad")
-        result = run_shards(job, tasks, group=settings.group, workers=settings.workers, refusals=refusals)
+        limits = Refusals(sum(task.samples for task in tasks), limit, "shard.max_bad")
+        result = run_shards(job, tasks, group=settings.group, workers=settings.workers, refusals=limits)
         Refusals(result.samples, settings.max_bad, "shard.max_bad").check(result)
         result.counts.update(listing.counts)
         note_refused(job, result)

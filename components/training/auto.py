@@ -18,13 +18,6 @@ from llava.estimate import GIB, Choice, Corpus, Gpu, Setup
 from llava.sizes import Sizes, Training
 
 
-def training_of(stage: str, settings: TrainSettings) -> Training:
-    """What of the language model learns in stage `pretrain` or `finetune`."""
-    if stage == "pretrain":
-        return "frozen"
-    return "lora" if settings.lora else "full"
-
-
 def setup_of(settings: TrainSettings, training: Training, gpus: int) -> Setup:
     """The part of the settings that memory and time depend on; what is `auto` keeps the arithmetic's defaults."""
     fixed = {name: getattr(settings, name) for name in WITHOUT_GPU if getattr(settings, name) != AUTO}
@@ -71,7 +64,12 @@ def resolved(settings: TrainSettings, choice: Choice) -> TrainSettings:
 
 
 def choose(
-    stage: str, settings: TrainSettings, sizes: Sizes | None, coverage: Coverage, images: int
+    stage: str,
+    settings: TrainSettings,
+    training: Training,
+    sizes: Sizes | None,
+    coverage: Coverage,
+    images: int,
 ) -> tuple[TrainSettings, str]:
     """Settings without `auto`, and what to say about it.
 
@@ -93,7 +91,7 @@ def choose(
         images / coverage.samples,
         settings.epochs,
     )
-    training, cards = training_of(stage, settings), f"GPUs of {card.memory_gib} GiB"
+    cards = f"GPUs of {card.memory_gib} GiB"
     found = candidates(sizes, settings, training, settings.workers, corpus, card)
     if settings.min_workers is not None and settings.min_workers < settings.workers:
         # What is chosen now is kept when the group goes on with fewer, where each holds a larger share.

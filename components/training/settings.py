@@ -3,6 +3,7 @@
 Whatever cannot work together is refused here, when the config is read, before anything starts.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
@@ -14,6 +15,7 @@ from llava.attention import packing_attention
 from llava.errors import RefusedInput
 from llava.lora import Lora, available
 from llava.pixels import Fit
+from llava.sizes import Training
 from llava.templates import NAMES
 from llava.training.memory import Checkpointing, can_fuse_loss
 
@@ -178,6 +180,12 @@ class TrainSettings(Settings):
         if AUTO in values:
             raise RuntimeError("auto was not resolved: see components/training/auto.py")
         return Layout(*values)
+
+    def training(self, parts: Sequence[str]) -> Training:
+        """What of the language model learns where `parts` (keys of `llava.model.PARTS`) do."""
+        if "language_model" not in parts:
+            return "frozen"
+        return "lora" if self.lora else "full"
 
     def adapters(self) -> Lora:
         """LoRA's shape."""

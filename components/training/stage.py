@@ -6,12 +6,14 @@ import time
 import uuid
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import numpy as np
 
-from components.contract import Job
-from components.training import auto, train_fn
+from components.contract import MANIFEST, Artifact, Component, Job, Workspace, refusals
+from components.ray_cluster.connection import require
+from components.training import auto, data, train_fn
 from components.training.board import ProgressClient, start_progress_actor
 from components.training.data import INDEX, extra_sources, measure
 from components.training.progress import Watcher
@@ -23,21 +25,57 @@ from components.training.worker import environment
 from llava import model as models
 from llava.data.plan import Coverage, SampleIndex
 from llava.errors import BudgetReached, LlavaError, Preempted, RefusedInput, Terminated
-from llava.sizes import llava_sizes
+from llava.sizes import Training, llava_sizes
 
 _ERRORS = {kind.exit_status: kind for kind in (RefusedInput, BudgetReached, Preempted)}
 
 
-def train_stage(job: Job, parts: tuple[str, ...], view: str) -> None:
-    """Train `parts` of the input `model` on `view` of the input `dataset`; the result is `model/` in the artifact."""
-    coverage = measure(job, view)
-    job.notes["coverage"] = coverage.as_json()
-    _choose(job, coverage)
-    _run(job, parts, view)
-    _tell(job)
+class TrainingStage(Component):
+    """Trains `trains` of the input `model` on `view` of the input `dataset`; the result is `model/` in the artifact.
+
+    A stage is a subclass that says which parts learn, from which view of a dataset, with which settings.
+    """
+
+    Settings: ClassVar[type[TrainSettings]] = TrainSettings
+    gives: ClassVar[tuple[str, ...]] = ("model",)
+    view: ClassVar[str]
+    """A key of `llava.data.samples.VIEWS`, which is also the kind of dataset that the stage takes."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.takes = MappingProxyType({"model": "model", "dataset": cls.view})
+
+    def preflight(self, settings: Any, workspace: Workspace) -> list[str]:
+        """Further datasets that cannot be read, and workers that this machine cannot hold."""
+        return refusals(
+            lambda: data.check_extra(self.name, settings.extra, self.view),
+            lambda: _check_room(self.name, settings, workspace),
+        )
+
+    def check(self, settings: Any, inputs: dict[str, Artifact]) -> None:
+        """Refuse further datasets that cannot be read, and a held-out loss without held-out samples."""
+        data.check(self.name, settings, inputs["dataset"], self.view)
+
+    def external(self, settings: Any) -> dict[str, str]:
+        """The further datasets."""
+        return data.external(self.name, settings.extra)
+
+    def run(self, job: Job[Any]) -> None:
+        """Measure, choose what is `auto`, train, tell."""
+        coverage = measure(job, self.view)
+        job.notes["coverage"] = coverage.as_json()
+        _choose(job, coverage, job.settings.training(self.trains))
+        _run(job, self.trains, self.view)
+        _tell(job)
 
 
-def _choose(job: Job, coverage: Coverage) -> None:
+def _check_room(stage: str, settings: TrainSettings, workspace: Workspace) -> None:
+    """Refuse what this machine cannot hold, unless the root has a finished one, which may be the one that is meant."""
+    if not any(entry.key.endswith(f"/{MANIFEST}") for entry in workspace.store.list(f"{stage}/")):
+        require(stage, settings.min_workers or settings.workers, settings.cpus_per_worker, settings.gpu)
+
+
+def _choose(job: Job, coverage: Coverage, training: Training) -> None:
     """Settings without `auto`; what was chosen is told and noted."""
     config = models.load_config(job.inputs["model"].local(MODEL))
     models.check_packing(config, job.settings.max_length)
@@ -46,7 +84,7 @@ def _choose(job: Job, coverage: Coverage) -> None:
     except RefusedInput:
         sizes = None
     images = int(SampleIndex.load(job.scratch / INDEX).images.sum())
-    job.settings, told = auto.choose(job.component, job.settings, sizes, coverage, images)
+    job.settings, told = auto.choose(job.component, job.settings, training, sizes, coverage, images)
     if told:
         job.notes["chosen"] = told
         job.say(told)

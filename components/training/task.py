@@ -33,6 +33,4 @@ class Task:
     @property
     def training(self) -> Training:
         """What of the language model learns."""
-        if "language_model" not in self.parts:
-            return "frozen"
-        return "lora" if self.settings.lora else "full"
+        return self.settings.training(self.parts)

@@ -10,7 +10,6 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from components.finetune import Finetune
 from components.pretrain import Pretrain
-from components.training.auto import training_of
 from llava import lora, sizes
 from llava import model as models
 from llava.errors import RefusedInput
@@ -116,7 +115,7 @@ def test_eight_cards_of_80_gb_train_every_preset_and_batches_come_out_even(name:
     for each in stages:
         settings = getattr(config, each.stage)
         assert each.best.fits
-        assert each.learning == model.trainable(training_of(each.stage, settings), settings.lora_rank)
+        assert each.learning == model.trainable(each.training, settings.lora_rank)
         assert each.updates == round(-(-each.corpus.samples // settings.global_batch) * settings.epochs)
         # Sharding: with ZeRO-3 a card holds an eighth of everything that is stored or updated.
         third = next(choice for choice in each.found if choice.setup.zero_stage == 3)
@@ -139,7 +138,7 @@ def test_every_preset_is_built_on_the_meta_device_and_its_stages_train_what_the_
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(stock)
     assert model.num_parameters() == shapes.parameters
-    parts = {"pretrain": list(Pretrain.parts), "finetune": list(Finetune.parts)}
+    parts = {"pretrain": list(Pretrain.trains), "finetune": list(Finetune.parts)}
     for stage in stages:
         models.set_trainable(model, parts[stage.stage])
         settings = getattr(config, stage.stage)

@@ -10,11 +10,10 @@ from typing import Any
 from PIL import Image
 
 from components.backbones.given import start_from
-from components.contract import Artifact, Workspace, open_store, read_artifact, run_component
+from components.contract import Artifact, Workspace, find_artifact, open_store, read_artifact, run_component
 from components.contract.store import Store
 from components.evaluate import Evaluate, EvaluateSettings, exams
 from components.evaluate.benchmarks import Scored, Unit, find
-from components.evaluate.contamination import find_artifact
 from components.evaluate.outcomes import comparable, outcomes, unit_name
 from components.evaluate.pictures import Picture
 from components.evaluate.questions import read_questions
@@ -86,7 +85,7 @@ def pictures(evaluation: Artifact, workspace: Workspace) -> Look:
     """The pictures of its questions, from the dataset and the files that it was made from."""
     shown: dict[str, dict[str, Picture]] = {}
     settings = _settings(evaluation)
-    dataset = find_artifact(evaluation.manifest.inputs["questions"], [workspace.store, _root_of(evaluation)])
+    dataset = find_artifact(evaluation.manifest.inputs["questions"], [workspace.store, evaluation.root])
     if dataset is not None and HELD_OUT_EXAM in _scored(evaluation):
         questions, _ = read_questions(dataset.folder, settings.limit, settings.seed)
         shown[HELD_OUT_EXAM] = {one.id: Picture(one.picture, one.image) for one in questions}
@@ -150,7 +149,7 @@ def _sit(model: Artifact, exam: Artifact, workspace: Workspace) -> Artifact:
     if exam.manifest.inputs["model"] == model.digest:
         return exam
     digest = exam.manifest.inputs["questions"]
-    questions = find_artifact(digest, [workspace.store, _root_of(exam)])
+    questions = find_artifact(digest, [workspace.store, exam.root])
     if questions is None:
         raise RefusedInput(
             f"{exam.uri}: the questions it was asked ({digest[:16]}) lie no more in {workspace.store.uri}; evaluate "
@@ -180,7 +179,3 @@ def _scored(evaluation: Artifact) -> set[str]:
 
 def _headline(name: str, scored: Scored) -> str:
     return f"{name}/{find(scored.benchmark).headline}"
-
-
-def _root_of(artifact: Artifact) -> Store:
-    return open_store(artifact.uri.rsplit("/", 2)[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,10 @@ class Store(ABC):
     @abstractmethod
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """Every key that begins with `prefix`, as S3 means it ("a" finds "ab" and "a/b"), in order."""
+
+    @abstractmethod
+    def folders(self) -> Sequence[str]:
+        """The names of the folders right under the store, sorted; nothing below them is listed."""
 
     @abstractmethod
     def delete(self, key: str) -> None:

@@ -8,7 +8,7 @@ import fcntl
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -72,6 +72,12 @@ class FolderStore(Store):
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """Files in the order of their keys; a store's own scratch files are left out."""
         yield from sorted(self._walk(prefix), key=lambda entry: entry.key.encode())
+
+    def folders(self) -> Sequence[str]:
+        """Folders and links to folders."""
+        if not self._root.is_dir():
+            return []
+        return sorted(path.name for path in self._root.iterdir() if path.is_dir())
 
     def delete(self, key: str) -> None:
         """Remove the file and the lock file that `swap` made for it."""

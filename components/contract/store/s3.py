@@ -12,7 +12,7 @@ import random
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,15 @@ class S3Store(Store):
         # (SeaweedFS lists folder by folder).
         files = (entry for entry in self._objects(prefix) if not _is_hidden(entry.key))
         yield from sorted(files, key=lambda entry: entry.key.encode())
+
+    def folders(self) -> Sequence[str]:
+        """The common prefixes, by one request per thousand."""
+        with self._errors(""):
+            pages = self._client.get_paginator("list_objects_v2").paginate(
+                Bucket=self._bucket, Prefix=self._base, Delimiter="/"
+            )
+            found = [item["Prefix"] for page in pages for item in page.get("CommonPrefixes", ())]
+        return sorted(prefix.removeprefix(self._base).rstrip("/") for prefix in found)
 
     def delete(self, key: str) -> None:
         """DELETE, which S3 answers alike whether or not the object exists."""
