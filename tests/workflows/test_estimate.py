@@ -138,7 +138,7 @@ def test_every_preset_is_built_on_the_meta_device_and_its_stages_train_what_the_
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(stock)
     assert model.num_parameters() == shapes.parameters
-    parts = {"pretrain": list(Pretrain.trains), "finetune": list(Finetune.parts)}
+    parts = {"pretrain": list(Pretrain.trains), "finetune": list(Finetune.trains)}
     for stage in stages:
         models.set_trainable(model, parts[stage.stage])
         settings = getattr(config, stage.stage)
