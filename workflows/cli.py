@@ -11,6 +11,7 @@ import typer
 from llava.errors import LlavaError, Terminated
 from workflows.options import AsJson, Preset, Profile, Root, Set, Wait
 from workflows.scores.cli import compare, score
+from workflows.stages import STAGES, Stage, training_stages
 
 app = typer.Typer(
     name="llava",
@@ -32,10 +33,10 @@ def train(
     profile: Profile = False,
 ) -> None:
     """Run the whole workflow; what is finished already is found again, what was cut short is resumed."""
-    _run(preset, root, set_, json_, wait, "register", profile)
+    _run(preset, root, set_, json_, wait, profile=profile)
 
 
-def _stage_command(stage: str, does: str) -> None:
+def _stage_command(stage: Stage) -> None:
     def command(
         preset: Preset,
         root: Root = "runs",
@@ -44,21 +45,9 @@ def _stage_command(stage: str, does: str) -> None:
         wait: Wait = False,
         profile: Profile = False,
     ) -> None:
-        _run(preset, root, set_, json_, wait, stage, profile)
+        _run(preset, root, set_, json_, wait, stage.name, profile)
 
-    app.command(stage, help=f"{does} Whatever it needs that is not finished runs first.")(command)
-
-
-for _stage, _does in {
-    "backbones": "Join a vision tower and a language model into a stock LLaVA folder.",
-    "shard": "Turn photos, captions and boxes into Parquet shards.",
-    "filter": "Choose stage 1's captions so that rare concepts count.",
-    "pretrain": "Stage 1: train the projector.",
-    "finetune": "Stage 2: train the projector and the language model.",
-    "evaluate": "Answer held-out questions and score the answers.",
-    "register": "Register the model, as champion or challenger.",
-}.items():
-    _stage_command(_stage, _does)
+    app.command(stage.name, help=f"{stage.does} Whatever it needs that is not finished runs first.")(command)
 
 
 @app.command()
@@ -82,6 +71,12 @@ def instruct(
     from workflows.dry_run import dry_run as show_what_it_takes
 
     show_what_it_takes(configs.load(preset, set_ or []), root, wait)
+
+
+for _stage in STAGES:
+    # `instruct` has a command of its own above.
+    if _stage.does and _stage.name != "instruct":
+        _stage_command(_stage)
 
 
 @app.command()
@@ -246,12 +241,12 @@ def _run(
     overrides: list[str] | None,
     as_json: bool,
     wait: bool,
-    until: str,
+    until: str = "",
     profile: bool = False,
 ) -> None:
-    traced = [f"{stage}.profile=true" for stage in ("pretrain", "finetune")] if profile else []
     from workflows import config as configs
 
+    traced = [f"{stage.name}.profile=true" for stage in training_stages()] if profile else []
     config = configs.load(preset, [*traced, *(overrides or [])])
     from workflows import train as workflow
     from workflows.summary import show as show_summary
@@ -269,7 +264,7 @@ def _terminated(number: int, frame: Any) -> None:
 
 
 def main() -> None:
-    """Entry point: a failure is one line on standard error and its own exit status (design.md)."""
+    """Entry point: a failure is one line on standard error and its own exit status."""
     from components.ray_cluster import connection
 
     connection.prepare()

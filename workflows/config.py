@@ -3,25 +3,19 @@
 import difflib
 import re
 from collections.abc import Sequence
+from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import pydantic
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator
 
-from components.backbones.component import BackbonesSettings
 from components.contract import refuse_secrets
-from components.evaluate import EvaluateSettings
-from components.filter import FilterSettings
-from components.finetune import FinetuneSettings
-from components.instruct import InstructSettings
-from components.pretrain import PretrainSettings
-from components.register import RegisterSettings
-from components.shard import ShardSettings
 from llava.errors import RefusedInput
 from llava.estimate import Corpus
+from workflows.stages import STAGES, together, training_stages
 
 PRESETS = resources.files("workflows") / "presets"
 _SECRET = re.compile(
@@ -42,15 +36,6 @@ class Expected(BaseModel):
     def corpus(self, epochs: float) -> Corpus:
         """For the arithmetic."""
         return Corpus(self.samples, self.text_tokens, self.supervised_tokens, self.images, epochs)
-
-
-class EstimateSettings(BaseModel):
-    """One expectation per stage; a stage without any is estimated per step and not in hours."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    pretrain: Expected | None = Field(None, description="Of stage 1")
-    finetune: Expected | None = Field(None, description="Of stage 2")
 
 
 class RetrainSettings(BaseModel):
@@ -80,28 +65,50 @@ class RetrainSettings(BaseModel):
 
 
 class WorkflowConfig(BaseModel):
-    """One section per component; keys are written `component.key`."""
+    """What the workflow itself is told; beside it stands a section per stage (`sections`), as `finetune.epochs`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", description="Of the MLflow experiment")
-    backbones: BackbonesSettings
-    shard_captions: ShardSettings | None = Field(
-        None, description="Stage 1's own data, where it does not learn from the captions of shard"
-    )
-    shard: ShardSettings
-    filter: FilterSettings = Field(
-        FilterSettings(), description="The concept-balanced choice of stage 1's captions, off by default"
-    )
-    instruct: InstructSettings
-    pretrain: PretrainSettings
-    finetune: FinetuneSettings
-    evaluate: EvaluateSettings
-    register_: RegisterSettings = Field(alias="register")
     retrain: RetrainSettings = Field(RetrainSettings(), description="How `llava retrain` takes new data in")
-    estimate: EstimateSettings = Field(
-        EstimateSettings(), description="What `llava estimate` expects of the data"
+    estimate: dict[str, Expected] = Field(
+        {}, description="What `llava estimate` expects of the data of each training stage"
     )
+
+    if TYPE_CHECKING:
+        # The sections: which there are is known when the table of stages is read.
+        def __getattr__(self, name: str) -> Any: ...
+
+    @field_validator("estimate")
+    @classmethod
+    def _of_stages_that_train(cls, expected: dict[str, Expected]) -> dict[str, Expected]:
+        known = [stage.name for stage in training_stages()]
+        if unknown := [name for name in expected if name not in known]:
+            raise ValueError(f"{unknown[0]}: no stage that trains; known: {', '.join(known)}")
+        return expected
+
+    def section(self, stage: str) -> Any:
+        """The settings of a stage of the table; None where the config does without it."""
+        return getattr(self, _attribute(stage))
+
+
+@cache
+def config_model() -> type[WorkflowConfig]:
+    """`WorkflowConfig` with a section for each stage of the table."""
+    fields: dict[str, Any] = {}
+    for stage in STAGES:
+        settings = stage.component.Settings
+        told = stage.does or f"Of {stage.name}"
+        kind: Any = settings if stage.section != "absent" else settings | None
+        default: Any = {"required": ..., "absent": None}.get(stage.section)
+        given = {"default_factory": settings} if stage.section == "default" else {"default": default}
+        fields[_attribute(stage.name)] = (kind, Field(**given, alias=stage.name, description=told))
+    return create_model("WorkflowConfig", __base__=WorkflowConfig, **fields)
+
+
+def _attribute(stage: str) -> str:
+    """A section's attribute: some names are pydantic's own."""
+    return f"{stage}_" if hasattr(BaseModel, stage) else stage
 
 
 def preset_names() -> list[str]:
@@ -112,28 +119,39 @@ def preset_names() -> list[str]:
 
 
 def load(preset: str, overrides: Sequence[str] = ()) -> WorkflowConfig:
-    """The config of a preset or a YAML file, with `KEY=VALUE` overrides; `RefusedInput` names the key at fault."""
-    try:
-        return WorkflowConfig.model_validate(_tree(preset, overrides))
-    except pydantic.ValidationError as error:
-        raise RefusedInput(_first(error)) from None
+    """The config of a preset or a YAML file, with `KEY=VALUE` overrides; `RefusedInput` names every key at fault."""
+    return _validated(_tree(preset, overrides))
 
 
 def load_without_data(preset: str, overrides: Sequence[str] = ()) -> WorkflowConfig:
-    """`load` for a look ahead: the data sections are left out, so that no path need exist yet."""
+    """`load` for a look ahead: the sections of `shard` are left out, so that no path need exist yet."""
     tree = _tree(preset, overrides)
-    tree |= {"shard": {"source": "shapes"}, "shard_captions": None}
+    for stage in STAGES:
+        if stage.component.name == "shard":
+            tree[stage.name] = {"source": "shapes"} if stage.section == "required" else None
+    return _validated(tree)
+
+
+def _validated(tree: dict[str, Any]) -> WorkflowConfig:
     try:
-        return WorkflowConfig.model_validate(tree)
+        return config_model().model_validate(tree)
     except pydantic.ValidationError as error:
-        raise RefusedInput(_first(error)) from None
+        raise RefusedInput(
+            together([_told(mistake) for mistake in error.errors(include_url=False)])
+        ) from None
 
 
 def _tree(preset: str, overrides: Sequence[str]) -> dict[str, Any]:
     tree = _read(preset)
     _refuse_secrets(tree, preset)
+    mistakes: list[str] = []
     for override in overrides:
-        _apply(tree, override)
+        try:
+            _apply(tree, override)
+        except RefusedInput as error:
+            mistakes.append(str(error))
+    if mistakes:
+        raise RefusedInput(together(mistakes))
     return tree
 
 
@@ -205,32 +223,33 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     node[parts[-1]] = value
 
 
-def _first(error: pydantic.ValidationError) -> str:
-    """The first mistake in one line, with the nearest known key where one is unknown."""
-    mistakes = error.errors(include_url=False)
-    first = mistakes[0]
-    where = [str(part) for part in first["loc"]]
+def _told(mistake: Any) -> str:
+    """A mistake in one line, with the nearest known key where one is unknown."""
+    where = [str(part) for part in mistake["loc"]]
     key = ".".join(where) or "the config"
-    more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
-    if first["type"] == "extra_forbidden":
+    if mistake["type"] == "extra_forbidden":
         known = _known(where[:-1])
         near = difflib.get_close_matches(where[-1], known, 1)
-        way_out = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-        return f"{key}: unknown key; {way_out}{more}"
-    if first["type"] == "missing":
-        return f"{key}: missing{more}"
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{key}: {message}, got {first['input']!r}{more}" if len(where) > 1 else f"{key}: {message}{more}"
+        return f"{key}: unknown key; " + (
+            f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+        )
+    if mistake["type"] == "missing":
+        return f"{key}: missing"
+    message = mistake["msg"].removeprefix("Value error, ")
+    return f"{key}: {message}, got {mistake['input']!r}" if len(where) > 1 else f"{key}: {message}"
 
 
 def _known(where: list[str]) -> list[str]:
-    model: Any = WorkflowConfig
+    """The keys of the section that `where` leads to."""
+    model: Any = config_model()
     for part in where:
-        if part.isdigit():
-            continue
-        found = next(
-            info.annotation for name, info in model.model_fields.items() if part in (name, info.alias)
-        )
-        # A section that may be left out is a union with None.
-        model = next((each for each in get_args(found) if each is not type(None)), found)
+        if get_origin(model) is dict:
+            model = get_args(model)[1]
+        elif not part.isdigit():
+            found = next(
+                info.annotation for name, info in model.model_fields.items() if part in (name, info.alias)
+            )
+            # A section that may be left out is a union with None, a list one of its entries.
+            entries = () if get_origin(found) is dict else get_args(found)
+            model = next((each for each in entries if each is not type(None)), found)
     return sorted(info.alias or name for name, info in model.model_fields.items())

@@ -9,8 +9,6 @@ from typing import Any
 
 from components.backbones import tiny
 from components.backbones.component import BackbonesSettings
-from components.finetune import Finetune
-from components.pretrain import Pretrain
 from components.registry import open_model
 from components.training.auto import candidates
 from components.training.settings import WITHOUT_GPU, TrainSettings
@@ -28,7 +26,9 @@ from llava.sizes import (
     vision_sizes,
 )
 from workflows import config as configs
+from workflows import stages
 from workflows.config import Expected, WorkflowConfig
+from workflows.stages import Step
 
 UNKNOWN = Expected(samples=1, text_tokens=256, supervised_tokens=128)
 """What a sample is taken for where the config expects nothing; there is no number of hours then."""
@@ -63,21 +63,22 @@ def plan(
     card = arithmetic.gpu(gpu)
     config = configs.load_without_data(preset, overrides)
     sizes = sizes_of(config)
-    stages = ["pretrain"] if config.pretrain.enabled and config.finetune.from_ is None else []
+    training = [step for step in stages.plan(config) if step.component.trains]
     return (
         config,
         sizes,
-        [_stage(name, config, sizes, gpus, gpu, card, mfu) for name in [*stages, "finetune"]],
+        [_stage(step, config, sizes, gpus, gpu, card, mfu) for step in training],
     )
 
 
 def _stage(
-    name: str, config: WorkflowConfig, sizes: Sizes, gpus: int, gpu: str, card: Gpu, mfu: float
+    step: Step, config: WorkflowConfig, sizes: Sizes, gpus: int, gpu: str, card: Gpu, mfu: float
 ) -> StagePlan:
-    settings: TrainSettings = getattr(config, name)
-    expected: Expected | None = getattr(config.estimate, name)
+    name: str = step.name
+    settings: TrainSettings = step.settings
+    expected = config.estimate.get(name)
     corpus = (expected or UNKNOWN).corpus(settings.epochs)
-    training = settings.training({"pretrain": Pretrain, "finetune": Finetune}[name].trains)
+    training = settings.training(step.component.trains)
     found = candidates(sizes, settings, training, gpus, corpus, card)
     best = arithmetic.choose(found, card, f"{config.name}, {name} on {gpus} x {gpu}")
     faster = min((each for each in found if not each.roomy), key=lambda each: each.seconds, default=None)
@@ -238,7 +239,7 @@ def _stage_lines(
             f", {price * gpus * stage.hours:,.0f} at {price:g} per GPU and hour" if price is not None else ""
         )
         yield (
-            f"  {stage.updates:,} updates of {getattr(config, stage.stage).global_batch} samples: "
+            f"  {stage.updates:,} updates of {config.section(stage.stage).global_batch} samples: "
             f"{stage.hours:.1f} h at {mfu:.0%} MFU{cost}"
         )
 

@@ -13,6 +13,7 @@ from components.contract import (
     Artifact,
     Folder,
     Store,
+    artifact_folders,
     holder,
     open_store,
     read_artifact,
@@ -21,7 +22,6 @@ from components.contract import (
 )
 from components.registry import EVALUATION_DIGEST, MODEL_DIGEST, Registry, tracking_uri
 from llava.errors import AlreadyRunning, RefusedInput
-from workflows.train import STAGES
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,11 @@ def prune(root: str, yes: bool, fresh: timedelta) -> None:
 
 
 def _artifacts(store: Store) -> list[Found]:
-    """Every artifact folder of the root, finished or not."""
-    sizes: dict[str, int] = {}
-    for stage in STAGES:
-        for entry in store.list(f"{stage}/"):
-            address = "/".join(entry.key.split("/")[:2])
-            sizes[address] = sizes.get(address, 0) + entry.size
-    folders = {address: store.sub(address) for address in sizes}
-    return [Found(folder, read_artifact(folder), sizes[address]) for address, folder in folders.items()]
+    """Every artifact folder of the root, finished or not, whatever stage it is of."""
+    return [
+        Found(folder := store.sub(address), read_artifact(folder), size)
+        for address, size in artifact_folders(store).items()
+    ]
 
 
 def _registered(artifacts: dict[str, Artifact], registry: Registry, store: Store) -> list[str]:

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from components.contract import Workspace, open_store, read_artifact, say
+from workflows.stages import last_giving, training_stages
 from workflows.train import Summary
 
 
@@ -26,11 +27,11 @@ def show(summary: Summary, workspace: Workspace) -> None:
         say(
             f"registered: {model['name']} version {model['version']}, alias {model['alias']}: {model['decision']}"
         )
-    if "finetune" in summary.artifacts:
+    if trained := last_giving("model", summary.artifacts.keys() & {one.name for one in training_stages()}):
         say("")
         picture, question = _example(summary)
         say(
-            f'ask it:  {_command("llava")} ask --model {summary.artifacts["finetune"]} --image {picture} "{question}"'
+            f'ask it:  {_command("llava")} ask --model {summary.artifacts[trained]} --image {picture} "{question}"'
         )
         tracking = workspace.tracking.uri
         shown = (
@@ -48,7 +49,8 @@ def _command(name: str) -> str:
 
 def _example(summary: Summary) -> tuple[str, str]:
     """A held-out picture that lies here, and a question about it."""
-    evaluation = open_store(summary.artifacts["evaluate"]) if "evaluate" in summary.artifacts else None
+    evaluated = last_giving("evaluation", summary.artifacts)
+    evaluation = open_store(summary.artifacts[evaluated]) if evaluated else None
     found = (
         read_artifact(evaluation) if evaluation is not None and evaluation.local_path is not None else None
     )

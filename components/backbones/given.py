@@ -14,6 +14,7 @@ from pydantic import Field
 
 from components.contract import (
     MANIFEST,
+    Artifact,
     Component,
     Job,
     Outcome,
@@ -77,18 +78,30 @@ class Given(Component):
         job.say(f"{settings.uri}, template {models.template_of(folder)}")
 
 
+def find(uri: str, workspace: Workspace) -> Artifact | str:
+    """The artifact whose model `uri` names, or the URI of a stock LLaVA folder that is none.
+
+    Raises RefusedInput where nothing lies there, or no such version is registered.
+    """
+    folder = resolve(uri, workspace.tracking)
+    above, _, last = folder.rstrip("/").rpartition("/")
+    if last == MODEL and open_store(above).stat(MANIFEST) is not None:
+        return open_artifact(above)
+    fingerprint(folder)
+    return folder
+
+
 def start_from(uri: str, template: str | None, workspace: Workspace) -> Outcome:
     """The model that `uri` names as an artifact; a folder that is none is mirrored into the root first.
 
     `template`: what a folder was trained with that does not say so itself.
     """
-    folder = resolve(uri, workspace.tracking)
-    above, _, last = folder.rstrip("/").rpartition("/")
-    if last == MODEL and open_store(above).stat(MANIFEST) is not None:
-        return Outcome(open_artifact(above), reused=True, seconds=0.0)
-    if open_store(folder).stat(models.ABOUT) is not None:
+    found = find(uri, workspace)
+    if isinstance(found, Artifact):
+        return Outcome(found, reused=True, seconds=0.0)
+    if open_store(found).stat(models.ABOUT) is not None:
         template = None
-    return run_component(Given(), GivenSettings(uri=folder, template=template), {}, workspace)
+    return run_component(Given(), GivenSettings(uri=found, template=template), {}, workspace)
 
 
 def _check(folder: Path, uri: str) -> None:

@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import ClassVar
 
-from components.contract import Artifact, Component, Job, Settings
+from components.contract import Artifact, Component, Job, Settings, Workspace, refusals
 from components.evaluate import exams
 from components.evaluate.evaluation import Evaluation
 from components.evaluate.questions import heldout_rows, two_pictures
 from components.evaluate.settings import EvaluateSettings, ExamSettings
+from components.ray_cluster.connection import require_unless_made
 from llava.errors import RefusedInput
 
 
@@ -42,6 +43,18 @@ class Evaluate(Component):
     Settings: ClassVar[type[Settings]] = EvaluateSettings
     takes = MappingProxyType({"model": "model", "questions": "conversations"})
     gives = ("evaluation",)
+
+    def preflight(self, settings: EvaluateSettings, workspace: Workspace) -> list[str]:
+        """Benchmarks whose files are not there, and a GPU that this machine does not have."""
+        return refusals(
+            lambda: self.external(settings),
+            lambda: require_unless_made(workspace, self.name, 1, 1, settings.gpu),
+        )
+
+    def check_input(self, settings: EvaluateSettings, name: str, artifact: Artifact) -> None:
+        """Refuse questions where there are none."""
+        if name == "questions":
+            check_questions(settings, artifact)
 
     def check(self, settings: EvaluateSettings, inputs: Mapping[str, Artifact]) -> None:
         """Refuse a model artifact without a model, and questions where there are none."""

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from components.contract.manifest import MANIFEST
 from components.contract.provenance import installed_root, source_digest, source_root
+from components.contract.workspace import Workspace
 from llava.errors import LlavaError, RefusedInput
 
 
@@ -111,6 +113,12 @@ def require(what: str, workers: int, cpus: float, gpu: bool) -> None:
                 f"{what}: {workers} workers take {need:g} {name}, this machine has {has}: set fewer workers, or "
                 "RAY_ADDRESS to a cluster that has them"
             )
+
+
+def require_unless_made(workspace: Workspace, component: str, workers: int, cpus: float, gpu: bool) -> None:
+    """`require`, but for a root that holds a finished one of the component: it may be the one that is meant."""
+    if not any(entry.key.endswith(f"/{MANIFEST}") for entry in workspace.store.list(f"{component}/")):
+        require(component, workers, cpus, gpu)
 
 
 def _cpus() -> int:

@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from components.contract import MANIFEST, Artifact, Component, Job, Workspace, refusals
-from components.ray_cluster.connection import require
+from components.contract import Artifact, Component, Job, Workspace, refusals
+from components.ray_cluster.connection import require_unless_made
 from components.training import auto, data, train_fn
 from components.training.board import ProgressClient, start_progress_actor
 from components.training.data import INDEX, extra_sources, measure
@@ -49,7 +49,13 @@ class TrainingStage(Component):
         """Further datasets that cannot be read, and workers that this machine cannot hold."""
         return refusals(
             lambda: data.check_extra(self.name, settings.extra, self.view),
-            lambda: _check_room(self.name, settings, workspace),
+            lambda: require_unless_made(
+                workspace,
+                self.name,
+                settings.min_workers or settings.workers,
+                settings.cpus_per_worker,
+                settings.gpu,
+            ),
         )
 
     def check(self, settings: Any, inputs: dict[str, Artifact]) -> None:
@@ -67,12 +73,6 @@ class TrainingStage(Component):
         _choose(job, coverage, job.settings.training(self.trains))
         _run(job, self.trains, self.view)
         _tell(job)
-
-
-def _check_room(stage: str, settings: TrainSettings, workspace: Workspace) -> None:
-    """Refuse what this machine cannot hold, unless the root has a finished one, which may be the one that is meant."""
-    if not any(entry.key.endswith(f"/{MANIFEST}") for entry in workspace.store.list(f"{stage}/")):
-        require(stage, settings.min_workers or settings.workers, settings.cpus_per_worker, settings.gpu)
 
 
 def _choose(job: Job, coverage: Coverage, training: Training) -> None:

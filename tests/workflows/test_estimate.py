@@ -95,7 +95,7 @@ def test_every_line_of_a_recipe_stands_under_its_source(name: str) -> None:
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_what_only_the_user_knows_is_asked_for_in_one_line(name: str) -> None:
-    with pytest.raises(RefusedInput, match=r"^shard(_captions)?: .*needs path"):
+    with pytest.raises(RefusedInput, match=r"\bshard(_captions)?: source=\w+ needs path"):
         configs.load(name, COMMITS)
     with pytest.raises(RefusedInput, match="vision_revision='main' is no commit"):
         configs.load(name, [*DATA, "backbones.vision_revision=main"])

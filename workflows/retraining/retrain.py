@@ -15,30 +15,32 @@ from components.contract import (
     Artifact,
     Entry,
     Store,
-    Workspace,
     acquire,
     open_artifact,
     open_store,
     say,
     sha256_of,
 )
-from components.finetune import Finetune
-from components.instruct import Instruct
 from components.registry import CHAMPION, Registry
 from components.shard import Shard, ShardSettings
 from components.shard.sources import llava as llava_source
 from components.training.data import source_of
 from components.training.settings import Extra
 from llava.errors import RefusedInput
-from workflows import train
+from workflows import stages, train
 from workflows.config import WorkflowConfig
 from workflows.retraining.drops import READY, RECORDS, Drop, Looked, look, take
-from workflows.train import Stage, Summary
+from workflows.stages import Step
+from workflows.train import Summary, WorkflowRun
 
 PLACE = "retrain"
 PLAN = f"{PLACE}/plan.json"
 VERSIONS = f"{PLACE}/versions"
 IDS_TOLD = 20
+TRAINED = "finetune"
+"""The stage that learns from new data."""
+QUESTIONS = "instruct"
+"""The stage whose conversations the new ones stand beside."""
 _CONVERSATIONS = (".json", ".jsonl")
 _LIMITS = (
     "rows_per_shard", "rows_per_group", "group_bytes", "min_pixels", "max_pixels", "max_image_bytes", "max_text",
@@ -201,8 +203,13 @@ def _records(store: Store) -> list[dict[str, Any]]:
 
 def _run(config: WorkflowConfig, root: str, plan: RetrainPlan, looked: Looked, wait: bool) -> Retrained:
     workspace = train.open_workspace(config.name, root, wait)
-    retraining = _Retraining(config, workspace, plan)
-    summary = train.run(config, workspace, order=retraining.order)
+    start = {TRAINED: open_artifact(plan.start)} if plan.start else {}
+    steps = stages.plan(config, start=start)
+    stages.preflight(steps, workspace)
+    with train.running(config, workspace, "retrain") as run:
+        retraining = _Retraining(config, run, plan)
+        retraining.make(steps)
+    summary = run.summary
     assert summary.model is not None
     for drop in plan.drops:
         take(root, drop, retraining.note(drop) | {"model": summary.model})
@@ -215,23 +222,23 @@ def _run(config: WorkflowConfig, root: str, plan: RetrainPlan, looked: Looked, w
 class _Retraining:
     """One run of the workflow on old and new data."""
 
-    def __init__(self, config: WorkflowConfig, workspace: Workspace, plan: RetrainPlan) -> None:
-        self.config, self.workspace, self.plan = config, workspace, plan
+    def __init__(self, config: WorkflowConfig, run: WorkflowRun, plan: RetrainPlan) -> None:
+        self.config, self.run, self.plan = config, run, plan
         self.datasets: dict[str, list[Artifact]] = {}
         """The shards of each new drop, by its digest."""
         self.set_aside: dict[str, dict[str, Any]] = {}
         self.version: str | None = None
 
-    def order(self, config: WorkflowConfig, workspace: Workspace, summary: Summary, stage: Stage) -> None:
-        """New data first: what is bad is found before anything is trained."""
+    def make(self, steps: Sequence[Step]) -> None:
+        """The steps of a training, with new data first: what is bad is found before anything is trained."""
         self.tell({"drops": [drop.uri for drop in self.plan.drops]})
         for drop in self.plan.drops:
-            self.shard(drop, stage)
+            self.shard(drop)
         self.judge_what_was_set_aside()
         places = {drop.uri for drop in self.plan.drops}
         old = [
             open_artifact(dataset["uri"])
-            for record in _records(workspace.store)
+            for record in _records(self.run.workspace.store)
             if record["uri"] not in places
             for dataset in record["datasets"]
         ]
@@ -239,22 +246,19 @@ class _Retraining:
         new = [dataset for dataset in new if source_of(dataset).keys]
         if not new:
             raise RefusedInput("the new drops hold no record that can be trained on; see what was set aside")
-        if self.plan.start is None:
-            model, questions = train.until_finetune(config, workspace, summary, stage)
-            weight = 1.0
-        else:
-            model = open_artifact(self.plan.start)
-            questions = stage(Instruct(), config.instruct, dataset=stage(Shard(), config.shard))
-            weight = config.retrain.replay
-        before = [_Part("base", questions, weight), *(_Part("old", one, weight) for one in old)]
+        at = next(number for number, step in enumerate(steps) if step.name == TRAINED)
+        self.run.make(steps[:at])
+        weight = 1.0 if self.plan.start is None else self.config.retrain.replay
+        base = self.run.made[QUESTIONS]
+        before = [_Part("base", base, weight), *(_Part("old", one, weight) for one in old)]
         parts = [*before, *(_Part("new", one, 1.0) for one in new)]
         self.keep_version([part for part in parts if part.weight])
-        model = self.finetune(stage, model, [part for part in parts if part.weight])
-        train.evaluate_and_register(config, workspace, stage, model, questions)
+        trained = self.trained_on(steps[at], [part for part in parts if part.weight])
+        self.run.make([trained, *steps[at + 1 :]])
 
-    def finetune(self, stage: Stage, model: Artifact, parts: Sequence[_Part]) -> Artifact:
+    def trained_on(self, step: Step, parts: Sequence[_Part]) -> Step:
         """Stage 2 on all parts; the first one of weight 1 is its dataset, the others stand beside it."""
-        settings = self.config.finetune
+        settings = step.settings
         first = next(part for part in parts if part.weight == 1.0)
         beside = tuple(
             Extra(uri=part.artifact.uri, weight=part.weight) for part in parts if part is not first
@@ -263,9 +267,10 @@ class _Retraining:
         if settings.eval_every and not source_of(first.artifact, "heldout").keys:
             say(f"{first.artifact.uri} holds no held-out samples: finetune.eval_every is off", "retrain")
             changed["eval_every"] = 0
-        return stage(Finetune(), settings.model_copy(update=changed), model=model, dataset=first.artifact)
+        inputs = {**step.inputs, "dataset": first.artifact}
+        return replace(step, settings=settings.model_copy(update=changed), inputs=inputs)
 
-    def shard(self, drop: Drop, stage: Stage) -> None:
+    def shard(self, drop: Drop) -> None:
         """One artifact per conversations file of the drop; what cannot be read is set aside."""
         store = open_store(drop.uri)
         files = [entry for entry in store.list() if _holds_conversations(entry)]
@@ -287,7 +292,8 @@ class _Retraining:
                 _count(reasons, "empty-file", [file.key], 1)
                 continue
             name = f"drop {drop.uri.rsplit('/', 1)[-1]}" + (f"/{file.key}" if len(files) > 1 else "")
-            made = stage(Shard(), settings, name)
+            self.run.make([Step(name, Shard(), settings)])
+            made = self.run.made[name]
             for reason, refused in made.manifest.notes["refused"].items():
                 _count(reasons, reason, refused["ids"], refused["count"])
             datasets.append(made)
@@ -300,9 +306,8 @@ class _Retraining:
 
     def judge_what_was_set_aside(self) -> None:
         """Report it to MLflow, and stop over the limit."""
-        assert self.workspace.parent is not None
         if self.set_aside:
-            self.workspace.parent.text(json.dumps(self.set_aside, indent=1), "set_aside.json")
+            self.run.parent.text(json.dumps(self.set_aside, indent=1), "set_aside.json")
         self.tell({"set_aside": sum(one["set_aside"] for one in self.set_aside.values())})
         for uri, found in self.set_aside.items():
             share = found["set_aside"] / found["records"]
@@ -317,15 +322,13 @@ class _Retraining:
         told = [part.as_json() for part in parts]
         self.version = sha256_of([[one["role"], one["digest"], one["weight"]] for one in told])
         data = json.dumps({"version": self.version, "parts": told}, indent=1)
-        self.workspace.store.create(f"{VERSIONS}/{self.version[:16]}.json", data.encode())
-        assert self.workspace.parent is not None
-        self.workspace.parent.text(data, "data_version.json")
+        self.run.workspace.store.create(f"{VERSIONS}/{self.version[:16]}.json", data.encode())
+        self.run.parent.text(data, "data_version.json")
         self.tell({"data_version": self.version})
         say(f"data version {self.version[:16]}: {len(parts)} datasets", "retrain")
 
     def tell(self, tags: dict[str, Any]) -> None:
-        assert self.workspace.parent is not None
-        self.workspace.parent.tags(tags)
+        self.run.parent.tags(tags)
 
     def note(self, drop: Drop) -> dict[str, Any]:
         """What the root keeps about a drop that was taken."""

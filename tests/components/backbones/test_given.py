@@ -19,7 +19,7 @@ from transformers import (
     LlavaProcessor,
 )
 
-from components.backbones.given import start_from
+from components.backbones.given import Given, start_from
 from components.contract import Tracking, Workspace, open_store
 from components.contract.runner import Outcome
 from components.finetune import Finetune, FinetuneSettings
@@ -28,6 +28,7 @@ from llava.model import template_of
 from tests.components.conftest import Lines, Run
 from tests.support.tiny_llava import byte_tokenizer
 from workflows import config as configs
+from workflows import stages
 from workflows import train as workflow
 
 
@@ -159,13 +160,25 @@ def test_the_workflow_skips_backbones_and_pretrain(
     config = configs.load("tiny", overrides)
     assert configs.flat(config)["finetune.from"] == str(released)
     workspace = workflow.open_workspace("given", str(tmp_path / "root"))
-    summary = workflow.run(config, workspace, until="instruct")
-    assert list(summary.artifacts) == ["backbones", "shard", "instruct"]
-    with pytest.raises(RefusedInput, match=r"finetune\.from=.* replaces backbones and pretrain"):
+    steps = stages.plan(config)
+    assert [step.name for step in steps] == [
+        "backbones",
+        "shard",
+        "instruct",
+        "finetune",
+        "evaluate",
+        "register",
+    ]
+    stages.preflight(steps, workspace)
+    with workflow.running(config, workspace, "train") as run:
+        run.make(steps[:1])
+    assert run.made["backbones"].manifest.version == Given.version
+    assert not workflow.run(config, workspace, until="shard").reused
+    with pytest.raises(RefusedInput, match=r"finetune\.from=.* replaces it: run finetune or train"):
         workflow.run(config, workspace, until="pretrain")
     other = configs.load("tiny", [f"finetune.from={tmp_path}/nothing", "shard.scenes=40"])
     with pytest.raises(RefusedInput, match=r"no config\.json"):
-        workflow.run(other, workspace, until="instruct")
+        workflow.run(other, workspace)
 
 
 def test_stage_2_trains_a_released_model(
