@@ -24,11 +24,7 @@ from components.contract import (
     read_artifact,
     sha256_of,
 )
-from components.evaluate.gate import GateSettings, under_floors
-from components.evaluate.gate import decide as gate
-from components.evaluate.outcomes import comparable, outcomes
-from components.evaluate.paired import Comparison, OtherQuestions
-from components.pages.markdown import escape, scores_table
+from components.pages.markdown import escape
 from components.pages.markdown import table as markdown
 from components.registry import (
     BEFORE,
@@ -41,6 +37,11 @@ from components.registry import (
     Version,
     model_folder,
 )
+from components.scoring.gate import GateSettings, under_floors
+from components.scoring.gate import decide as gate
+from components.scoring.outcomes import comparable, outcomes
+from components.scoring.paired import Comparison, OtherQuestions
+from components.scoring.table import scores_table
 from llava.errors import RefusedInput
 
 _EXAM = "questions_digest"

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator
 from components.contract import refuse_secrets
 from llava.errors import RefusedInput
 from llava.estimate import Corpus
-from workflows.stages import STAGES, together, training_stages
+from workflows.stages import STAGES, training_stages
 
 PRESETS = resources.files("workflows") / "presets"
 _SECRET = re.compile(
@@ -253,3 +253,12 @@ def _known(where: list[str]) -> list[str]:
             entries = () if get_origin(found) is dict else get_args(found)
             model = next((each for each in entries if each is not type(None)), found)
     return sorted(info.alias or name for name, info in model.model_fields.items())
+
+
+def together(mistakes: Sequence[str]) -> str:
+    """Several mistakes in one line."""
+    if len(mistakes) == 1:
+        return mistakes[0]
+    return f"{len(mistakes)} mistakes: " + " ".join(
+        f"({number}) {mistake};" for number, mistake in enumerate(mistakes, start=1)
+    ).rstrip(";")

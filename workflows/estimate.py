@@ -26,9 +26,9 @@ from llava.sizes import (
     vision_sizes,
 )
 from workflows import config as configs
-from workflows import stages
+from workflows import plan as plans
 from workflows.config import Expected, WorkflowConfig
-from workflows.stages import Step
+from workflows.plan import Step
 
 UNKNOWN = Expected(samples=1, text_tokens=256, supervised_tokens=128)
 """What a sample is taken for where the config expects nothing; there is no number of hours then."""
@@ -63,7 +63,7 @@ def plan(
     card = arithmetic.gpu(gpu)
     config = configs.load_without_data(preset, overrides)
     sizes = sizes_of(config)
-    training = [step for step in stages.plan(config) if step.component.trains]
+    training = [step for step in plans.make_plan(config) if step.component.trains]
     return (
         config,
         sizes,

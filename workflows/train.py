@@ -15,9 +15,9 @@ from components.registry import tracking_uri
 from components.training.record import curves
 from llava.errors import Preempted, Terminated
 from workflows import config as configs
-from workflows import stages
+from workflows import plan as plans
 from workflows.config import WorkflowConfig
-from workflows.stages import Step
+from workflows.plan import Step
 
 
 @dataclass
@@ -63,8 +63,8 @@ def run(config: WorkflowConfig, workspace: Workspace, until: str = "") -> Summar
 
     Raises RefusedInput with all that any of the stages would refuse, before the first of them runs.
     """
-    steps = stages.plan(config, until)
-    stages.preflight(steps, workspace)
+    steps = plans.make_plan(config, until)
+    plans.preflight(steps, workspace)
     with running(config, workspace, "train") as workflow:
         workflow.make(steps)
     return workflow.summary

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from components import tiny_world
 from components.backbones.tokenizer import END, PAD, START
-from components.instruct import rules
+from components.rule_teacher import rules
 from components.tiny_world import PLACES, Thing
 
 PATCHES_PER_SIDE = 4

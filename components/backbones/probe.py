@@ -12,7 +12,7 @@ from transformers import CLIPVisionModel, LlamaForCausalLM, PreTrainedTokenizerF
 
 from components import tiny_world
 from components.backbones import language, vision
-from components.instruct import rules
+from components.rule_teacher import rules
 
 QUESTIONS_EACH = 4
 NOTHING = "nothing"

@@ -11,14 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.contract import Job
-from components.evaluate import bootstrap, contamination, exams, report
+from components.evaluate import contamination, exams, report
 from components.evaluate.answering import BLANK, RIGHT, WRONG, Answer, Ask, answer_all, to_jsonl
-from components.evaluate.benchmarks import Files, Scored, Unit, find
-from components.evaluate.benchmarks.vqa import is_match
 from components.evaluate.exams import Exam
 from components.evaluate.heldout_scores import Answered, metrics
 from components.evaluate.judge_run import reviews
-from components.evaluate.outcomes import CONTAMINATION, files_note, without
 from components.evaluate.pictures import Picture
 from components.evaluate.questions import (
     HeldOutQuestion,
@@ -29,6 +26,10 @@ from components.evaluate.questions import (
 )
 from components.evaluate.report import Sample
 from components.evaluate.settings import HELD_OUT_EXAM, EvaluateSettings, ExamSettings
+from components.scoring import bootstrap
+from components.scoring.benchmarks import Files, Scored, Unit, find
+from components.scoring.benchmarks.vqa import is_match
+from components.scoring.outcomes import CONTAMINATION, files_note, without
 from llava.errors import RefusedInput
 
 if TYPE_CHECKING:

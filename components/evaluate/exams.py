@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from components.contract import MANIFEST, Store, fingerprint, open_store, read_artifact, recipe, sha256_of
-from components.evaluate.benchmarks import Files, Scored, Unit, find
-from components.evaluate.benchmarks.base import (
+from components.evaluate.pictures import Picture
+from components.evaluate.questions import captioned, read_questions
+from components.evaluate.settings import ExamSettings
+from components.scoring.benchmarks import Files, Scored, Unit, find
+from components.scoring.benchmarks.base import (
     Record,
     by_id,
     get,
@@ -25,13 +28,10 @@ from components.evaluate.benchmarks.base import (
     read_text,
     text_of,
 )
-from components.evaluate.benchmarks.captions import read_references
-from components.evaluate.benchmarks.scienceqa import prompt as science_prompt
-from components.evaluate.benchmarks.scienceqa import read_problems
-from components.evaluate.outcomes import unit_name
-from components.evaluate.pictures import Picture
-from components.evaluate.questions import captioned, read_questions
-from components.evaluate.settings import ExamSettings
+from components.scoring.benchmarks.captions import read_references
+from components.scoring.benchmarks.scienceqa import prompt as science_prompt
+from components.scoring.benchmarks.scienceqa import read_problems
+from components.scoring.outcomes import unit_name
 from llava.conversation import IMAGE
 from llava.errors import RefusedInput
 

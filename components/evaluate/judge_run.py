@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 
 from components.contract import Job
-from components.evaluate import judge as judging
-from components.evaluate.benchmarks import Files
 from components.evaluate.exams import Exam
+from components.scoring import judge as judging
+from components.scoring.benchmarks import Files
 
 KEPT = "checkpoints/reviews/"
 

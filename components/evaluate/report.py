@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from components.evaluate import bootstrap
 from components.evaluate.answering import BLANK, RIGHT, WRONG
-from components.evaluate.benchmarks import Scored, find
 from components.evaluate.heldout_scores import Answered, held_out_loss, score, score_by_kind
-from components.pages.markdown import scores_table
 from components.pages.markdown import table as markdown
+from components.scoring import bootstrap
+from components.scoring.benchmarks import Scored, find
+from components.scoring.table import scores_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

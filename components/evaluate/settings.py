@@ -8,8 +8,8 @@ from pydantic import Field, model_validator
 
 from components.contract.component import Settings, run_field
 from components.contract.secrets import refuse_secrets
-from components.evaluate.benchmarks import MAX_FAILED
-from components.evaluate.judge import JudgeSettings
+from components.scoring.benchmarks import MAX_FAILED
+from components.scoring.judge import JudgeSettings
 
 HELD_OUT_EXAM = "vqa"
 """What the held-out questions are called in scores; they are judged as the benchmark `vqa` is."""

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from components.datasets.tasks import ShardOutput
-from components.instruct import rules
-from components.instruct.rules import Turn
 from components.instruct.settings import InstructSettings
+from components.rule_teacher import rules
+from components.rule_teacher.rules import Turn
 from llava.data.schema import Row, TurnCell
 
 SLOT = "<image>"

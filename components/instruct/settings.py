@@ -7,8 +7,8 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from components.contract.component import run_field
-from components.instruct.llm.settings import TeacherSettings
-from components.instruct.rules import ASK
+from components.instruct.llm_settings import TeacherSettings
+from components.rule_teacher.rules import ASK
 from llava.data.schema import GroupSize
 
 

@@ -19,9 +19,9 @@ from components.contract import (
     run_component,
 )
 from components.evaluate.answering import to_jsonl
-from components.evaluate.benchmarks import Files
-from components.evaluate.outcomes import files_note
 from components.register import Register, RegisterSettings
+from components.scoring.benchmarks import Files
+from components.scoring.outcomes import files_note
 from llava.errors import RefusedInput
 from workflows.prune import prune
 

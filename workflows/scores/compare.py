@@ -10,10 +10,11 @@ from typing import Any
 from PIL import Image
 
 from components.contract import say
-from components.evaluate.benchmarks import Files, Scored, Unit, find
-from components.evaluate.gate import GateSettings, Verdict, decide
-from components.evaluate.paired import Comparison, Difference, compare
-from components.pages.markdown import Markup, escape, scores_table, table
+from components.pages.markdown import Markup, escape, table
+from components.scoring.benchmarks import Files, Scored, Unit, find
+from components.scoring.gate import GateSettings, Verdict, decide
+from components.scoring.paired import Comparison, Difference, compare
+from components.scoring.table import scores_table
 from llava.errors import RefusedInput
 from workflows.scores.score import nested, score
 

@@ -13,12 +13,12 @@ from components.backbones.given import start_from
 from components.contract import Artifact, Workspace, find_artifact, open_store, read_artifact, run_component
 from components.contract.store import Store
 from components.evaluate import Evaluate, EvaluateSettings, exams
-from components.evaluate.benchmarks import Scored, Unit, find
-from components.evaluate.outcomes import comparable, outcomes, unit_name
 from components.evaluate.pictures import Picture
 from components.evaluate.questions import read_questions
 from components.evaluate.settings import HELD_OUT_EXAM
 from components.ray_cluster import connection
+from components.scoring.benchmarks import Scored, Unit, find
+from components.scoring.outcomes import comparable, outcomes, unit_name
 from llava.errors import RefusedInput
 from workflows.scores.compare import Duel, Look, Rule, as_json, duel, show, write_page
 from workflows.scores.score import print_json

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from components.contract import say
-from components.evaluate import bootstrap
-from components.evaluate import judge as judging
-from components.evaluate.benchmarks import Files, Scored, find, scienceqa
-from components.evaluate.benchmarks.letters import letter
-from components.evaluate.judge import JudgeSettings
+from components.scoring import bootstrap
+from components.scoring import judge as judging
+from components.scoring.benchmarks import Files, Scored, find, scienceqa
+from components.scoring.benchmarks.letters import letter
+from components.scoring.judge import JudgeSettings
 from llava.errors import RefusedInput
 
 

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 from components.instruct.llm.contexts import Facts
 from components.instruct.llm.parse import Pair
-from components.instruct.words import NUMBERS, plural
+from components.rule_teacher.words import NUMBERS, plural
 
 VERSION = "2"
 """Raised whenever the same answer may be judged otherwise; enters the digest of what a language model wrote."""

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from components.contract import open_store, sha256_of
 from components.instruct.llm.parse import Unusable, parse
-from components.instruct.words import DETAIL_REQUESTS
+from components.rule_teacher.words import DETAIL_REQUESTS
 from llava.errors import RefusedInput
 
 TYPES = ("conversation", "detail", "reasoning")

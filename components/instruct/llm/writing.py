@@ -11,8 +11,8 @@ from components.datasets.tasks import ShardOutput
 from components.instruct.llm.contexts import facts
 from components.instruct.llm.filtering import Judge, sample_id
 from components.instruct.llm.responses import Response, responses_of
-from components.instruct.rules import Turn
 from components.instruct.samples import cells, measure, picture_after
+from components.rule_teacher.rules import Turn
 from llava.data.schema import Row, read_rows
 
 Remains = Mapping[str, Sequence[int]]

@@ -28,7 +28,7 @@ from llava.model import template_of
 from tests.components.conftest import Lines, Run
 from tests.support.tiny_llava import byte_tokenizer
 from workflows import config as configs
-from workflows import stages
+from workflows import plan as plans
 from workflows import train as workflow
 
 
@@ -160,7 +160,7 @@ def test_the_workflow_skips_backbones_and_pretrain(
     config = configs.load("tiny", overrides)
     assert configs.flat(config)["finetune.from"] == str(released)
     workspace = workflow.open_workspace("given", str(tmp_path / "root"))
-    steps = stages.plan(config)
+    steps = plans.make_plan(config)
     assert [step.name for step in steps] == [
         "backbones",
         "shard",
@@ -169,7 +169,7 @@ def test_the_workflow_skips_backbones_and_pretrain(
         "evaluate",
         "register",
     ]
-    stages.preflight(steps, workspace)
+    plans.preflight(steps, workspace)
     with workflow.running(config, workspace, "train") as run:
         run.make(steps[:1])
     assert run.made["backbones"].manifest.version == Given.version

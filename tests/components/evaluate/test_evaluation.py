@@ -17,15 +17,9 @@ from PIL import Image
 
 from benchmarks.evaluation import shapes
 from components.contract import Artifact, Component, Job, Settings, open_store, sha256_of
-from components.evaluate import Evaluate, EvaluateSettings, ExamSettings, exams, report, science_data
+from components.evaluate import Evaluate, EvaluateSettings, ExamSettings, exams, report
 from components.evaluate.answering import RIGHT, Answerer, Ask, answer_all, batches, to_jsonl
-from components.evaluate.benchmarks import Files, find
-from components.evaluate.benchmarks.base import read_rows
-from components.evaluate.benchmarks.letters import letter
-from components.evaluate.benchmarks.vqa import is_match
 from components.evaluate.heldout_scores import Answered, metrics
-from components.evaluate.outcomes import comparable, outcomes
-from components.evaluate.paired import OtherQuestions
 from components.evaluate.pictures import Picture, blank
 from components.evaluate.questions import (
     Question,
@@ -37,6 +31,13 @@ from components.evaluate.questions import (
 from components.evaluate.report import Sample
 from components.pages.markdown import escape
 from components.register import RegisterSettings
+from components.scoring import science_data
+from components.scoring.benchmarks import Files, find
+from components.scoring.benchmarks.base import read_rows
+from components.scoring.benchmarks.letters import letter
+from components.scoring.benchmarks.vqa import is_match
+from components.scoring.outcomes import comparable, outcomes
+from components.scoring.paired import OtherQuestions
 from components.shard.settings import ShardSettings
 from components.shard.sources import llava as llava_source
 from components.tiny_world import scenes

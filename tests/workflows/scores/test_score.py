@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.support.repository import REPOSITORY
 
-GOLDEN = REPOSITORY / "tests/components/evaluate/benchmarks/golden"
+GOLDEN = REPOSITORY / "tests/components/scoring/benchmarks/golden"
 
 
 def llava(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

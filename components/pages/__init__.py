@@ -1,0 +1,1 @@
+"""Pages for people: HTML and Markdown in which text stays text."""

@@ -1,0 +1,1 @@
+"""The Ray cluster that components run on, and work spread over it."""

@@ -1,0 +1,1 @@
+"""The rules teacher: questions and answers about a picture from its captions and boxes, without a language model."""

@@ -1,0 +1,1 @@
+"""Scores of answers, whoever gave them: benchmarks, intervals, pairs, judges, and the gate."""

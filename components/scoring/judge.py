@@ -1,0 +1,288 @@
+"""A judge behind an OpenAI-compatible endpoint: marks for LLaVA-Bench, verdicts and second answers for ScienceQA.
+
+Every reply is stored as it came, one line per question, at once. A reply that cannot be parsed is asked for again; what
+was said before stays in `failed_tries`. A line whose last try failed is judged again by the next run.
+
+The key comes from OPENAI_API_KEY only, and what the endpoint says of a failure is told without it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from components.contract import Settings, refuse_secrets, run_field, without_secret
+from components.scoring.benchmarks import llava_bench, scienceqa
+from components.scoring.benchmarks.base import Record, by_id, read_object, read_rows, same_rows
+from components.scoring.benchmarks.letters import letter
+from llava.errors import RefusedInput
+
+ROLE = "You compare answers to questions about pictures. You are fair and exact, and you follow the wanted format."
+_MARKS_WANTED = (
+    "You cannot see the picture; the notes above describe it. How helpful, relevant, correct and detailed "
+    "is each of the two answers? Mark each from 1 to 10, where more is better. Your first line must hold "
+    "the mark of answer 1 and the mark of answer 2, with one blank between them, and nothing else. "
+    "Explain the marks on the lines below, and do not let the order of the answers count."
+)
+KEEP_SECONDS = 2.0
+"""How often what was judged is carried to where it is kept: so much work is lost at most."""
+_LETTER_WANTED = 'End with the sentence "The answer is X.", where X is the letter of your choice.'
+
+
+class JudgeSettings(Settings):
+    """Which model judges, and how patiently it is asked."""
+
+    model: str = Field(description="The judge's name at the endpoint")
+    url: str | None = Field(
+        None, description="The endpoint, ending in /v1; null: OPENAI_BASE_URL or OpenAI's own"
+    )
+    temperature: float = Field(0.2, ge=0, description="Sampling temperature of the judge")
+    max_tokens: int = Field(1024, ge=1, description="Tokens after which a review is cut")
+    tries: int = Field(3, ge=1, description="How often a question is asked until its reply can be parsed")
+    seconds: float = run_field(60.0, gt=0, description="Time after which a reply counts as failed")
+    pause: float = run_field(2.0, ge=0, description="Seconds to wait after an error of the endpoint; doubles")
+    concurrency: int = run_field(8, ge=1, description="Questions that are judged at once")
+
+    @field_validator("url")
+    @classmethod
+    def _without_secrets(cls, url: str | None) -> str | None:
+        return url and refuse_secrets(url, "the judge's URL")
+
+
+@dataclass(frozen=True)
+class JudgeTask:
+    """One question for the judge."""
+
+    row: Record
+    """The line that is stored, without what the judge says; holds `question_id`."""
+    text: str
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What a run of the judge came to."""
+
+    kept: int
+    """Lines that were there already."""
+    judged: int
+    failed: int
+    """Lines without a parsable reply after all tries."""
+    retried: int
+    """Replies that were asked for again."""
+
+
+Parse = Callable[[str | None], Any]
+
+
+def judge(
+    settings: JudgeSettings,
+    tasks: Sequence[JudgeTask],
+    path: Path,
+    parse: Parse,
+    field: str | None = None,
+    keep: Callable[[], None] = lambda: None,
+) -> Tally:
+    """Ask for every task that `path` holds no parsable reply to; the parsed reply is stored under `field` too.
+
+    `keep` is called every KEEP_SECONDS until all is judged; nothing writes to `path` meanwhile. Refuses a file with
+    lines of other questions. Raises `RefusedInput` where the endpoint refuses the key or model.
+    """
+    wanted = {str(task.row["question_id"]): task for task in tasks}
+    there = by_id(read_rows(path), path) if path.exists() else {}
+    foreign = [id_ for id_ in there if id_ not in wanted]
+    if foreign:
+        raise RefusedInput(f"{path}: {len(foreign):,} reviews are of other questions (first: {foreign[0]}); "
+                           "name a file that does not exist yet")  # fmt: skip
+    good = {id_: row for id_, row in there.items() if parse(row.get("content")) is not None}
+    if len(good) < len(there):
+        _replace(path, good.values())
+    open_ = [id_ for id_ in wanted if id_ not in good]
+    if not open_:
+        return Tally(len(good), 0, 0, 0)
+    ask, lock = _client(settings), threading.Lock()
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def one(id_: str) -> tuple[bool, int]:
+        earlier = there.get(id_, {})
+        tries = [*earlier.get("failed_tries", []), *([_try(earlier)] if earlier else [])]
+        reply, error = None, None
+        before = len(tries)
+        for turn in range(settings.tries):
+            reply, error = ask(wanted[id_].text)
+            if parse(reply) is not None:
+                break
+            if turn < settings.tries - 1:
+                tries.append(_try({"content": reply, "error": error}))
+                time.sleep(settings.pause * 2**turn if error else 0)
+        parsed = parse(reply)
+        row = wanted[id_].row | {"content": reply} | ({field: parsed} if field else {})
+        row |= ({"error": error} if error else {}) | ({"failed_tries": tries} if tries else {})
+        # Half a surrogate pair is valid JSON, and no UTF-8.
+        with lock, path.open("a", encoding="utf-8", errors="replace") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        return parsed is not None, len(tries) - before
+
+    with ThreadPoolExecutor(settings.concurrency) as pool:
+        left = {pool.submit(one, id_) for id_ in open_}
+        outcomes = []
+        try:
+            while left:
+                done, left = wait(left, KEEP_SECONDS, "FIRST_EXCEPTION")
+                outcomes += [future.result() for future in done]
+                if left:
+                    with lock:
+                        keep()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    failed = sum(not good_ for good_, _ in outcomes)
+    return Tally(len(good), len(open_), failed, sum(again for _, again in outcomes))
+
+
+def marks_tasks(
+    questions: Path, context: Path, reference: Path, answers: Path, swapped: bool = False
+) -> list[JudgeTask]:
+    """LLaVA-Bench: question, notes on the picture, and both answers; the candidate second, or first if `swapped`.
+
+    `context` rows hold `image` and `caption` or `captions` (and `instances` with boxes, or nothing).
+    """
+    asked = by_id(read_rows(questions), questions)
+    notes = {str(row["image"]): _notes(row) for row in read_rows(context)}
+    sides = []
+    for path in (reference, answers):
+        rows = by_id(read_rows(path), path)
+        same_rows(asked, rows, str(path), "answer", "questions")
+        sides.append(rows)
+    without = [id_ for id_, row in asked.items() if str(row.get("image")) not in notes]
+    if without:
+        raise RefusedInput(
+            f"{context}: no notes on the pictures of {len(without):,} questions (first: {without[0]})"
+        )
+    tasks = []
+    for number, (id_, row) in enumerate(asked.items(), 1):
+        pair = [side[id_] for side in (sides[::-1] if swapped else sides)]
+        names = [str(one.get("answer_id", one["question_id"])) for one in pair]
+        stored = {"id": number, "question_id": row["question_id"], "answer1_id": names[0], "answer2_id": names[1],
+                  "category": row.get("category")} | ({"swapped": True} if swapped else {})  # fmt: skip
+        parts = {"Notes on the picture": notes[str(row["image"])], "Question": row["text"],
+                 "Answer 1": pair[0]["text"], "Answer 2": pair[1]["text"], "Task": _MARKS_WANTED}  # fmt: skip
+        tasks.append(JudgeTask(stored, _sections(parts)))
+    return tasks
+
+
+def answer_tasks(problems: Path, ids: Iterable[str]) -> list[JudgeTask]:
+    """ScienceQA for a text-only model: the problem as it stands."""
+    rows = read_object(problems)
+    return [
+        JudgeTask({"question_id": id_}, f"{scienceqa.prompt(rows[id_], 'QCM-LEA')}\n{_LETTER_WANTED}")
+        for id_ in ids
+    ]
+
+
+def verdict_tasks(
+    problems: Path, ids: Iterable[str], own: Mapping[str, str], other: Mapping[str, str]
+) -> list[JudgeTask]:
+    """ScienceQA where two models differ: the problem and both answers."""
+    rows = read_object(problems)
+    return [
+        JudgeTask({"question_id": id_}, _sections({
+            "Problem": scienceqa.prompt(rows[id_], "QCM-LEA"), "Answer 1": own[id_], "Answer 2": other[id_],
+            "Task": f"The answers differ or give no choice. Decide for yourself. {_LETTER_WANTED}",
+        })) for id_ in ids
+    ]  # fmt: skip
+
+
+parse_marks: Parse = llava_bench.parse
+
+
+def parse_letter(content: str | None) -> str | None:
+    """The letter in a reply; see `letters.letter`."""
+    return letter(content or "")
+
+
+def _client(settings: JudgeSettings) -> Callable[[str], tuple[str | None, str | None]]:
+    """A function from a text to (reply, None) or (None, why there is none)."""
+    try:
+        import openai
+    except ModuleNotFoundError:
+        raise RefusedInput("a live judge needs the OpenAI client: pip install openai") from None
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not key or not key.isascii():
+        raise RefusedInput(
+            "a live judge needs a key: set OPENAI_API_KEY (any ASCII text, where the endpoint asks for none)"
+        )
+    address = settings.url or "$OPENAI_BASE_URL"  # which may hold a password
+    try:
+        client = openai.OpenAI(api_key=key, base_url=settings.url, timeout=settings.seconds, max_retries=0)
+    except Exception as error:  # httpx's, under one of its names
+        raise RefusedInput(f"the judge's URL {address}: {error}; such as http://HOST/v1") from None
+
+    def ask(text: str) -> tuple[str | None, str | None]:
+        try:
+            # As text: the client's own types take half an answer for a whole one.
+            body = client.post("/chat/completions", cast_to=str, body={
+                "model": settings.model,
+                "messages": [{"role": "system", "content": ROLE}, {"role": "user", "content": text}],
+                "temperature": settings.temperature,
+                "max_tokens": settings.max_tokens,
+            })  # fmt: skip
+        except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
+            raise RefusedInput(
+                f"the judge {settings.model} at {address} refuses: {shown(error.message)}; see the name, the URL and "
+                "OPENAI_API_KEY"
+            ) from None
+        except openai.APIError as error:
+            return None, shown(f"{type(error).__name__}: {error.message}")
+        said, why = _said(body)
+        return said, why and shown(why)
+
+    def shown(text: str) -> str:
+        return without_secret(text, key)[:300]
+
+    return ask
+
+
+def _said(body: str) -> tuple[str | None, str | None]:
+    """(what the judge says, None) from an answer's body, or (None, why it says nothing)."""
+    try:
+        message = json.loads(body)["choices"][0]["message"]
+        said, refusal = message.get("content"), message.get("refusal")
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return None, f"malformed reply: {body}"
+    if isinstance(said, str):
+        return said, None
+    if said is not None:
+        return None, f"malformed reply: {said}"
+    return None, f"refusal: {refusal}" if refusal else "empty reply"
+
+
+def _replace(path: Path, rows: Iterable[Record]) -> None:
+    beside = path.with_name(path.name + ".new")
+    beside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    beside.replace(path)
+
+
+def _try(row: Mapping[str, Any]) -> Record:
+    return {key: row[key] for key in ("content", "error") if row.get(key) is not None}
+
+
+def _notes(row: Record) -> str:
+    """What is known of a picture as text: its captions, then a box per line."""
+    said = row.get("captions") or row.get("caption") or []
+    lines = [said] if isinstance(said, str) else [str(one) for one in said]
+    for thing in row.get("instances", []):
+        lines.append(f"{thing['category']}: {[round(float(edge), 3) for edge in thing['bbox']]}")
+    return "\n".join(lines)
+
+
+def _sections(parts: Mapping[str, str]) -> str:
+    return "\n\n".join(f"## {title}\n{text}" for title, text in parts.items())

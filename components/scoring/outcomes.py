@@ -1,0 +1,133 @@
+"""What a finished evaluation found, scored again from its own files, and two of them made comparable."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from components.contract import Artifact
+from components.scoring.benchmarks import Files, Scored, Unit, find
+from components.scoring.paired import OtherQuestions
+from llava.errors import RefusedInput
+
+CONTAMINATION = "contamination.json"
+
+
+def outcomes(evaluation: Artifact, names: Collection[str] | None = None) -> dict[str, Scored]:
+    """Each benchmark of `names` (None: all) that has scores, by name, as the evaluation reported it."""
+    return {
+        name: without(scored, excluded(evaluation, name))
+        for name, scored in _every(evaluation, names).items()
+    }
+
+
+def comparable(
+    base: Artifact, new: Artifact, names: Iterable[str]
+) -> tuple[dict[str, Scored], dict[str, Scored]]:
+    """Both outcomes on the same questions: without those that either leaves out because it was trained on them.
+
+    Raises `OtherQuestions` where a benchmark is missing in `base`, or was asked with other pictures, words or limits.
+    """
+    names = list(dict.fromkeys(names))
+    for name in names:
+        ours, theirs = _exams(base).get(name), _exams(new).get(name)
+        if not ours or not ours["scores"]:
+            raise OtherQuestions(f"{name}: {base.uri} did not measure it")
+        if not theirs or not theirs["scores"]:
+            raise RefusedInput(
+                f"{name}: {new.uri} did not measure it; known: {', '.join(_exams(new)) or 'none'}"
+            )
+        if ours["digest"] != theirs["digest"]:
+            raise OtherQuestions(
+                f"{name}: the two answered other questions, or were judged otherwise ({ours['digest'][:12]}, "
+                f"{theirs['digest'][:12]}); evaluate both on the same"
+            )
+    left_out = {name: excluded(base, name) | excluded(new, name) for name in names}
+    first, second = (
+        {name: without(scored, left_out[name]) for name, scored in _every(each, names).items()}
+        for each in (base, new)
+    )
+    return first, second
+
+
+def excluded(evaluation: Artifact, name: str) -> set[str]:
+    """The questions of benchmark `name` that its scores leave out, as `unit_name` names them."""
+    if not _exams(evaluation)[name].get("excluded"):
+        return set()
+    found: dict[str, list[str]] = json.loads(evaluation.folder.read(CONTAMINATION))["questions"]
+    return set(found.get(name, ()))
+
+
+def without(scored: Scored, names: Collection[str]) -> Scored:
+    """The outcome over the questions that are not among `names`; what only all of them have (`extra`) is dropped."""
+    kept = [
+        index for index, unit in enumerate(scored.units) if unit_name(scored.benchmark, unit) not in names
+    ]
+    if len(kept) == len(scored.units):
+        return scored
+    units, gone = [scored.units[index] for index in kept], len(scored.units) - len(kept)
+    before = f"counted with the {gone:,} of {len(scored.units):,} that are left out"
+    remarks = [f"{remark} ({before})" for remark in scored.remarks]
+    return replace(scored, units=units, sums=scored.sums[kept], n=len(kept), remarks=remarks, extra={})
+
+
+def unit_name(benchmark: str, unit: Unit) -> str:
+    """The picture in `pope`, where it stands in several splits; the question's id elsewhere."""
+    return str(unit.image if benchmark == "pope" else unit.key[0])
+
+
+def files_note(files: Files) -> dict[str, Any]:
+    """`files`, which lie in one folder, as JSON."""
+    return {
+        "answers": _name(files.answers),
+        "questions": _name(files.questions),
+        "labels": {split: path.name for split, path in files.labels.items()},
+        "splits": _name(files.splits),
+        "split": files.split,
+        "reviews": [path.name for path in files.reviews],
+        "max_failed": files.max_failed,
+    }
+
+
+def files_of(note: dict[str, Any], folder: Path) -> Files:
+    """What `files_note` wrote, in `folder`."""
+
+    def path(name: str | None) -> Path | None:
+        return None if name is None else folder / name
+
+    return Files(
+        answers=path(note["answers"]),
+        questions=path(note["questions"]),
+        labels={split: folder / name for split, name in note["labels"].items()},
+        splits=path(note["splits"]),
+        split=note["split"],
+        reviews=[folder / name for name in note["reviews"]],
+        max_failed=note["max_failed"],
+    )
+
+
+def _every(evaluation: Artifact, names: Collection[str] | None) -> dict[str, Scored]:
+    """The outcomes over all questions."""
+    return {
+        name: find(exam["benchmark"]).score(files_of(exam["files"], _local(evaluation, exam)))
+        for name, exam in _exams(evaluation).items()
+        if exam["scores"] and (names is None or name in names)
+    }
+
+
+def _exams(evaluation: Artifact) -> dict[str, Any]:
+    exams: dict[str, Any] = evaluation.manifest.notes.get("exams", {})
+    return exams
+
+
+def _local(evaluation: Artifact, exam: dict[str, Any]) -> Path:
+    if exam["folder"]:
+        return evaluation.local(exam["folder"])
+    return evaluation.local()
+
+
+def _name(path: Path | None) -> str | None:
+    return None if path is None else path.name

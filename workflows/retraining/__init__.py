@@ -1,0 +1,1 @@
+"""`llava retrain`: new data in, one model out."""

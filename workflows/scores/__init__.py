@@ -1,0 +1,1 @@
+"""`llava score` and `llava compare`."""
