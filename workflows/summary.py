@@ -3,7 +3,8 @@
 import sys
 from pathlib import Path
 
-from components.contract import Workspace, open_store, read_artifact, say
+from components.contract import Artifact, Workspace, open_store, read_artifact, say
+from components.scoring.benchmarks import find
 from workflows.stages import last_giving, training_stages
 from workflows.train import Summary
 
@@ -17,10 +18,11 @@ def show(summary: Summary, workspace: Workspace) -> None:
     overall = {name: value for name, value in summary.scores.items() if name.count("/") == 2}
     if overall:
         say("")
+        units = _units(summary)
         for name, value in overall.items():
-            # Caption scores go from 0 to 1, as in the tool that defines them.
-            in_percent = name.rpartition("/")[2] not in ("bleu4", "rouge_l", "cider")
-            say(f"{name:28} {value:6.1f} %" if in_percent else f"{name:28} {value:8.3f}")
+            unit, digits = units.get(name.split("/")[1], ("%", 1))
+            # Two more columns where more digits follow: the points stand under each other.
+            say(f"{name:28} {value:{5 + digits}.{digits}f} {unit}".rstrip())
     if summary.model:
         model = summary.model
         say("")
@@ -47,14 +49,23 @@ def _command(name: str) -> str:
     return str(Path(sys.argv[0]).with_name(name)) if Path(sys.argv[0]).stem == "llava" else name
 
 
+def _evaluation(summary: Summary) -> Artifact | None:
+    evaluated = last_giving("evaluation", summary.artifacts)
+    return read_artifact(open_store(summary.artifacts[evaluated])) if evaluated else None
+
+
+def _units(summary: Summary) -> dict[str, tuple[str, int]]:
+    """Of each exam's scores: unit, and digits behind the point."""
+    evaluation = _evaluation(summary)
+    notes = evaluation.manifest.notes["exams"] if evaluation else {}
+    known = {title: find(note["benchmark"]) for title, note in notes.items()}
+    return {title: (benchmark.unit, benchmark.digits) for title, benchmark in known.items()}
+
+
 def _example(summary: Summary) -> tuple[str, str]:
     """A held-out picture that lies here, and a question about it."""
-    evaluated = last_giving("evaluation", summary.artifacts)
-    evaluation = open_store(summary.artifacts[evaluated]) if evaluated else None
-    found = (
-        read_artifact(evaluation) if evaluation is not None and evaluation.local_path is not None else None
-    )
-    if found is None:
+    found = _evaluation(summary)
+    if found is None or found.folder.local_path is None:
         return "PHOTO", "What is in the picture?"
     example = found.manifest.notes["example"]
     return f"{found.folder.local_path}/{example['picture']}", example["question"]

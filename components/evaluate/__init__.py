@@ -12,11 +12,10 @@ from types import MappingProxyType
 from typing import ClassVar
 
 from components.contract import Artifact, Component, Job, Settings, Workspace, refusals
-from components.evaluate import exams
-from components.evaluate.evaluation import Evaluation
-from components.evaluate.questions import heldout_rows, two_pictures
+from components.evaluate import evaluation, exams
 from components.evaluate.settings import EvaluateSettings, ExamSettings
 from components.ray_cluster.connection import require_unless_made
+from components.scoring.questions import heldout_rows, two_pictures
 from llava.errors import RefusedInput
 
 
@@ -46,10 +45,12 @@ class Evaluate(Component):
 
     def preflight(self, settings: EvaluateSettings, workspace: Workspace) -> list[str]:
         """Benchmarks whose files are not there, and a GPU that this machine does not have."""
-        return refusals(
-            lambda: self.external(settings),
-            lambda: require_unless_made(workspace, self.name, 1, 1, settings.gpu),
-        )
+        missing = [
+            mistake
+            for number, exam in enumerate(settings.benchmarks)
+            for mistake in exams.preflight(exam, exams.called(number))
+        ]
+        return missing + refusals(lambda: require_unless_made(workspace, self.name, 1, 1, settings.gpu))
 
     def check_input(self, settings: EvaluateSettings, name: str, artifact: Artifact) -> None:
         """Refuse questions where there are none."""
@@ -67,14 +68,19 @@ class Evaluate(Component):
 
     def external(self, settings: EvaluateSettings) -> dict[str, str]:
         """Fingerprints of the benchmarks' files."""
-        return {key: value for exam in settings.benchmarks for key, value in exams.external(exam).items()}
+        return {
+            key: value
+            for number, exam in enumerate(settings.benchmarks)
+            for key, value in exams.external(exam, exams.called(number)).items()
+        }
 
-    def run(self, job: Job) -> None:
-        """Ask, score, report; answers are kept batch by batch, so that a second run goes on."""
-        evaluation = Evaluation(job)
-        evaluation.ask()
-        evaluation.score()
-        evaluation.report()
+    def run(self, job: Job[EvaluateSettings]) -> None:
+        """Gather, ask, score, report; answers are kept batch by batch, so that a second run goes on."""
+        found = evaluation.gather(job)
+        leave_out, remarks = evaluation.left_out(job, found)
+        answers = evaluation.ask(job, found)
+        results = evaluation.score(job, found, answers, leave_out)
+        evaluation.publish(job, results, remarks)
 
 
 __all__ = ["Evaluate", "EvaluateSettings", "ExamSettings", "check_questions"]

@@ -6,7 +6,6 @@ the questions without an answer are asked.
 
 from __future__ import annotations
 
-import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -14,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from components.contract import Artifact, Folder
-from components.evaluate.pictures import Picture, blank
 from components.ray_cluster.connection import failures_told, resources
+from components.scoring.pictures import Picture, blank
+from llava.data.jsonl import from_jsonl, to_jsonl
 
 RIGHT, BLANK, WRONG = "right_image", "blank_image", "wrong_image"
 SAY_EVERY_SECONDS = 5.0
@@ -136,16 +136,6 @@ def batches(asks: Sequence[Ask], size: int) -> list[list[Ask]]:
         group.sort(key=lambda ask: (ask.picture is None, len(ask.prompt)))
         cut += [group[start : start + size] for start in range(0, len(group), size)]
     return cut
-
-
-def to_jsonl(rows: Sequence[Any]) -> bytes:
-    """One JSON object a line, UTF-8."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-
-
-def from_jsonl(data: bytes) -> list[Any]:
-    """What `to_jsonl` wrote. (A text may hold characters at which `splitlines` would cut.)"""
-    return [json.loads(line) for line in data.decode().split("\n") if line]
 
 
 def _stored(folder: Folder) -> dict[str, Answer]:

@@ -7,13 +7,14 @@ has another hash and is not found.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow.parquet as pq
 
 from components.contract import Artifact, Store, find_artifact, open_store
+from components.scoring.outcomes import CONTAMINATION
 from llava.data.schema import IMAGE_COLUMNS
 
 TRAIN = "train/"
@@ -55,6 +56,28 @@ def look(model: Artifact, stores: Collection[Store], pictures: Collection[str]) 
         for hits in ray.get(tasks):
             found |= hits
     return Contamination([dataset.folder.uri for dataset in datasets], unknown, frozenset(found))
+
+
+def remarks(
+    found: Contamination, looked_for: int, by_exam: Mapping[str, Collection[str]], excluded: bool
+) -> list[str]:
+    """What a reader of the scores must know. `by_exam`: units that show such a picture, by exam."""
+    verb = "are left out of the scores" if excluded else "count in the scores"
+    if not found.datasets:
+        return ["contamination: nothing is known of the data that the model was trained on"]
+    if found.pictures:
+        said = ", ".join(f"{len(units):,} of {name}" for name, units in by_exam.items())
+        told = [
+            f"contamination: {len(found.pictures):,} of {looked_for:,} pictures are in the training data; their "
+            f"questions ({said}) {verb}; {CONTAMINATION} names them"
+        ]
+    else:
+        told = [f"contamination: none of {looked_for:,} pictures is in the training data"]
+    if found.unknown:
+        told.append(
+            f"contamination: {len(found.unknown)} artifacts that the model comes from are gone, unseen"
+        )
+    return told
 
 
 def _lineage(model: Artifact, stores: Collection[Store]) -> tuple[list[_Files], list[str]]:

@@ -5,53 +5,52 @@ Every `judge.KEEP_SECONDS` they are carried from the scratch folder into the art
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from components.contract import Job
 from components.evaluate.exams import Exam
-from components.scoring import judge as judging
-from components.scoring.benchmarks import Files
+from components.evaluate.settings import EvaluateSettings
+from components.scoring.base import Files
+from components.scoring.judge import JudgeTask, Parse
+from components.scoring.judge import judge as have_judged
 
 KEPT = "checkpoints/reviews/"
 
 
-def reviews(job: Job, exam: Exam, files: Files, folder: Path) -> Files:
-    """`files` with a reviews file for each run of the judge, in `folder`; what was judged before is kept."""
+def reviewed(job: Job[EvaluateSettings], exam: Exam, files: Files) -> Files:
+    """`files` with a reviews file for each run of the judge; what was judged before is kept."""
     one = exam.settings
-    assert one.judge is not None
-    made = []
-    for run in range(one.judge_runs):
-        path = folder / f"reviews-{run + 1}.jsonl"
-        key = f"{KEPT}{one.title}-{path.name}"
-        if found := job.folder.fetch(key):
+    assert one is not None and one.judge is not None and exam.benchmark.judge is not None
+    settings = one.judge
+    runs = [exam.place / f"reviews-{run + 1}.jsonl" for run in range(one.judge_runs)]
+    for path in runs:
+        if found := job.folder.fetch(_key(exam, path)):
             path.write_bytes(found[0])
-        tasks = judging.marks_tasks(
-            files.need("questions", "the question file"),
-            folder / _copy(one.context, "context"),
-            files.need("reference", "the answers that the judge compares with"),
-            files.need("answers", "the model's answers"),
-            one.judge_swap and run % 2 == 1,
-        )
-        keep = partial(_keep, job, path, key)
+
+    def ask(tasks: Sequence[JudgeTask], path: Path, parse: Parse, field: str | None = None) -> None:
+        keep = partial(_keep, job, path, _key(exam, path))
         try:
-            tally = judging.judge(one.judge, tasks, path, judging.parse_marks, "tuple", keep)
+            tally = have_judged(settings, tasks, path, parse, field, keep)
         finally:
             keep()
         job.say(
-            f"{one.title}: judge run {run + 1} of {one.judge_runs}: {tally.judged:,} judged, {tally.kept:,} were "
-            f"there, {tally.failed:,} failed"
+            f"{exam.title}: judge run {runs.index(path) + 1} of {len(runs)}: {tally.judged:,} judged, "
+            f"{tally.kept:,} were there, {tally.failed:,} failed"
         )
-        made.append(path)
-    return replace(files, reviews=made)
+
+    told = replace(files, reviews=runs, judge_swap=one.judge_swap)
+    exam.benchmark.judge(told, ask)
+    return told
 
 
-def _keep(job: Job, path: Path, key: str) -> None:
+def _key(exam: Exam, path: Path) -> str:
+    return f"{KEPT}{exam.title}-{path.name}"
+
+
+def _keep(job: Job[EvaluateSettings], path: Path, key: str) -> None:
     if path.exists():
         job.lease.check()
         job.folder.upload(path, key)
-
-
-def _copy(path: str | None, what: str) -> str:
-    return f"{what}{Path(path or '').suffix}"

@@ -135,7 +135,7 @@ def score_chart(models: Mapping[str, Mapping[str, Scored]]) -> Figure:
         for benchmark, scored in found.items():
             index = benchmarks.index(benchmark)
             headline = find(scored.benchmark).headline
-            times = 100 if scored.benchmark == "captions" else 1
+            times = find(scored.benchmark).times
             low, high = (times * end for end in bootstrap.intervals(scored.sums, scored.formula)[headline])
             value = times * scored.scores[headline]
             at = index + (offset - (len(models) - 1) / 2) * width
@@ -144,8 +144,9 @@ def score_chart(models: Mapping[str, Mapping[str, Scored]]) -> Figure:
             axes.plot([at, at], [low, high], color="black", linewidth=1)
     for benchmark in benchmarks:
         scored = next(found[benchmark] for found in models.values() if benchmark in found)
-        scale = " x 100" if scored.benchmark == "captions" else ""
-        names.append(f"{benchmark}\n{find(scored.benchmark).headline}{scale}")
+        kind = find(scored.benchmark)
+        scale = f" x {kind.times:g}" if kind.times != 1 else ""
+        names.append(f"{benchmark}\n{kind.headline}{scale}")
     axes.set_xticks(range(len(names)), names, parse_math=False)
     axes.set_ylim(bottom=0)
     if len(models) > 1:

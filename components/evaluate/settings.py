@@ -4,24 +4,16 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from components.contract.component import Settings, run_field
 from components.contract.secrets import refuse_secrets
-from components.scoring.benchmarks import MAX_FAILED
+from components.scoring.benchmarks import BENCHMARKS, MAX_FAILED, find
 from components.scoring.judge import JudgeSettings
 
 HELD_OUT_EXAM = "vqa"
-"""What the held-out questions are called in scores; they are judged as the benchmark `vqa` is."""
+"""What the held-out questions are called in scores; they are judged as the benchmark of that name is."""
 
-_LENGTH = {"vqa": 16, "pope": 16, "captions": 64, "scienceqa": 512, "llava-bench": 1024}
-_NEEDS = {
-    "vqa": (("data",), ("questions", "labels")),
-    "captions": (("data",), ("labels",)),
-    "pope": (("questions", "labels"),),
-    "scienceqa": (("labels",),),
-    "llava-bench": (("questions",),),
-}
 _PATHS = ("data", "questions", "labels", "splits", "images", "reference", "context")
 
 
@@ -31,7 +23,7 @@ class ExamSettings(Settings):
     Where the files lie belongs to the run; they enter the digest by their fingerprints.
     """
 
-    benchmark: Literal["vqa", "pope", "scienceqa", "llava-bench", "captions"] = Field(
+    benchmark: str = Field(
         description="Which line of the table: how questions are put, answers read and scores computed"
     )
     name: str = Field(
@@ -39,32 +31,38 @@ class ExamSettings(Settings):
     )
     data: str | None = run_field(
         None,
-        description="vqa, captions: LLaVA-format JSON or JSONL, or a dataset artifact (its held-out rows)",
+        description="LLaVA-format JSON or JSONL, or a dataset artifact (its held-out rows)",
     )
     questions: str | None = run_field(None, description="JSONL of question_id, image, text (and category)")
     labels: str | dict[str, str] | None = run_field(
         None,
-        description="The right answers; for pope by split; for scienceqa problems.json; for captions COCO's",
+        description="The right answers, in the benchmark's own format; by split where it has some",
     )
-    splits: str | None = run_field(None, description="scienceqa: pid_splits.json")
-    split: str = Field("test", description="scienceqa: which list of splits")
+    splits: str | None = run_field(
+        None, description="Which ids belong to which list, such as ScienceQA's pid_splits.json"
+    )
+    split: str = Field("test", description="Which list of splits")
     images: str | None = run_field(None, description="Folder of the pictures; default: beside the questions")
     instruction: str | None = Field(
         None,
         description="The line after each question; empty: none; null: the benchmark's own, unless the text has one",
     )
-    style: Literal["CQM-A", "QCM-LEA"] = Field("CQM-A", description="scienceqa: order of the prompt's parts")
+    style: Literal["CQM-A", "QCM-LEA"] = Field(
+        "CQM-A", description="Order of the prompt's parts, of ScienceQA: context, question, options"
+    )
     max_new_tokens: int | None = Field(
-        None, ge=1, description=f"Tokens after which an answer is cut; default by benchmark: {_LENGTH}"
+        None,
+        ge=1,
+        description="Tokens after which an answer is cut; default: the benchmark's own, from 16 to 1024",
     )
     blank_images: bool = Field(False, description="Ask again with blank pictures, and score that too")
-    reference: str | None = run_field(
-        None, description="llava-bench: the answers that the judge compares with"
+    reference: str | None = run_field(None, description="The answers that the judge compares with")
+    context: str | None = run_field(None, description="Notes on the pictures, for the judge")
+    judge: JudgeSettings | None = Field(
+        None, description="Who judges, where a benchmark is judged; null: answers only"
     )
-    context: str | None = run_field(None, description="llava-bench: notes on the pictures, for the judge")
-    judge: JudgeSettings | None = Field(None, description="llava-bench: who judges; null: answers only")
-    judge_runs: int = Field(1, ge=1, description="llava-bench: how often everything is judged")
-    judge_swap: bool = Field(False, description="llava-bench: every second run shows the candidate first")
+    judge_runs: int = Field(1, ge=1, description="How often everything is judged")
+    judge_swap: bool = Field(False, description="Every second run shows the candidate first")
     max_failed: float = Field(
         MAX_FAILED, ge=0, le=1, description="Share of failed judgements above which there is no score"
     )
@@ -77,7 +75,7 @@ class ExamSettings(Settings):
     @property
     def answer_length(self) -> int:
         """Tokens after which an answer is cut."""
-        return self.max_new_tokens or _LENGTH[self.benchmark]
+        return self.max_new_tokens or find(self.benchmark).answer_length
 
     @property
     def paths(self) -> dict[str, str]:
@@ -87,17 +85,27 @@ class ExamSettings(Settings):
         by_split = {"": labels} if isinstance(labels, str) else labels
         return named | {f"labels {split}".strip(): path for split, path in by_split.items()}
 
+    @field_validator("benchmark")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in BENCHMARKS:
+            raise ValueError(f"no such benchmark; known: {', '.join(BENCHMARKS)}")
+        return name
+
     @model_validator(mode="after")
     def _complete(self) -> Self:
         named = self.benchmark if self.title == self.benchmark else f"{self.title} ({self.benchmark})"
-        ways = _NEEDS[self.benchmark]
+        benchmark = find(self.benchmark)
+        ways = benchmark.needs
         if not any(all(getattr(self, key) is not None for key in way) for way in ways):
             wanted = ", or ".join(" and ".join(way) for way in ways)
             raise ValueError(f"{named}: give {wanted}")
-        if self.benchmark == "pope" and not isinstance(self.labels, dict):
+        if benchmark.by_split and not isinstance(self.labels, dict):
             raise ValueError(f"{named}: give labels by split, such as {{random: FILE, popular: FILE}}")
-        if self.benchmark != "pope" and isinstance(self.labels, dict):
+        if not benchmark.by_split and isinstance(self.labels, dict):
             raise ValueError(f"{named}: labels is one file")
+        if self.judge is not None and benchmark.judge is None:
+            raise ValueError(f"{named}: it is not judged by a model; leave judge out")
         if self.judge is not None and (self.reference is None or self.context is None):
             raise ValueError(f"{named}: a judge needs reference and context")
         for path in self.paths.values():

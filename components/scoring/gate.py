@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pydantic import Field
 
 from components.contract import Settings
-from components.scoring.benchmarks.base import Scored
+from components.scoring.base import Scored
 from components.scoring.bootstrap import DRAWS
 from components.scoring.paired import Comparison, OtherQuestions, compare
 from llava.errors import RefusedInput

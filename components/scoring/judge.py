@@ -1,4 +1,4 @@
-"""A judge behind an OpenAI-compatible endpoint: marks for LLaVA-Bench, verdicts and second answers for ScienceQA.
+"""A judge behind an OpenAI-compatible endpoint: a benchmark makes its tasks and reads its replies.
 
 Every reply is stored as it came, one line per question, at once. A reply that cannot be parsed is asked for again; what
 was said before stays in `failed_tries`. A line whose last try failed is judged again by the next run.
@@ -16,26 +16,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from pydantic import Field, field_validator
 
 from components.contract import Settings, refuse_secrets, run_field, without_secret
-from components.scoring.benchmarks import llava_bench, scienceqa
-from components.scoring.benchmarks.base import Record, by_id, read_object, read_rows, same_rows
-from components.scoring.benchmarks.letters import letter
+from components.scoring.base import Record, by_id, read_rows
 from llava.errors import RefusedInput
 
 ROLE = "You compare answers to questions about pictures. You are fair and exact, and you follow the wanted format."
-_MARKS_WANTED = (
-    "You cannot see the picture; the notes above describe it. How helpful, relevant, correct and detailed "
-    "is each of the two answers? Mark each from 1 to 10, where more is better. Your first line must hold "
-    "the mark of answer 1 and the mark of answer 2, with one blank between them, and nothing else. "
-    "Explain the marks on the lines below, and do not let the order of the answers count."
-)
 KEEP_SECONDS = 2.0
 """How often what was judged is carried to where it is kept: so much work is lost at most."""
-_LETTER_WANTED = 'End with the sentence "The answer is X.", where X is the letter of your choice.'
 
 
 class JudgeSettings(Settings):
@@ -81,6 +72,14 @@ class Tally:
 
 
 Parse = Callable[[str | None], Any]
+
+
+class Ask(Protocol):
+    """Has tasks judged into the file `path`, which may hold some replies already."""
+
+    def __call__(
+        self, tasks: Sequence[JudgeTask], path: Path, parse: Parse, field: str | None = None
+    ) -> None: ...
 
 
 def judge(
@@ -146,67 +145,6 @@ def judge(
             raise
     failed = sum(not good_ for good_, _ in outcomes)
     return Tally(len(good), len(open_), failed, sum(again for _, again in outcomes))
-
-
-def marks_tasks(
-    questions: Path, context: Path, reference: Path, answers: Path, swapped: bool = False
-) -> list[JudgeTask]:
-    """LLaVA-Bench: question, notes on the picture, and both answers; the candidate second, or first if `swapped`.
-
-    `context` rows hold `image` and `caption` or `captions` (and `instances` with boxes, or nothing).
-    """
-    asked = by_id(read_rows(questions), questions)
-    notes = {str(row["image"]): _notes(row) for row in read_rows(context)}
-    sides = []
-    for path in (reference, answers):
-        rows = by_id(read_rows(path), path)
-        same_rows(asked, rows, str(path), "answer", "questions")
-        sides.append(rows)
-    without = [id_ for id_, row in asked.items() if str(row.get("image")) not in notes]
-    if without:
-        raise RefusedInput(
-            f"{context}: no notes on the pictures of {len(without):,} questions (first: {without[0]})"
-        )
-    tasks = []
-    for number, (id_, row) in enumerate(asked.items(), 1):
-        pair = [side[id_] for side in (sides[::-1] if swapped else sides)]
-        names = [str(one.get("answer_id", one["question_id"])) for one in pair]
-        stored = {"id": number, "question_id": row["question_id"], "answer1_id": names[0], "answer2_id": names[1],
-                  "category": row.get("category")} | ({"swapped": True} if swapped else {})  # fmt: skip
-        parts = {"Notes on the picture": notes[str(row["image"])], "Question": row["text"],
-                 "Answer 1": pair[0]["text"], "Answer 2": pair[1]["text"], "Task": _MARKS_WANTED}  # fmt: skip
-        tasks.append(JudgeTask(stored, _sections(parts)))
-    return tasks
-
-
-def answer_tasks(problems: Path, ids: Iterable[str]) -> list[JudgeTask]:
-    """ScienceQA for a text-only model: the problem as it stands."""
-    rows = read_object(problems)
-    return [
-        JudgeTask({"question_id": id_}, f"{scienceqa.prompt(rows[id_], 'QCM-LEA')}\n{_LETTER_WANTED}")
-        for id_ in ids
-    ]
-
-
-def verdict_tasks(
-    problems: Path, ids: Iterable[str], own: Mapping[str, str], other: Mapping[str, str]
-) -> list[JudgeTask]:
-    """ScienceQA where two models differ: the problem and both answers."""
-    rows = read_object(problems)
-    return [
-        JudgeTask({"question_id": id_}, _sections({
-            "Problem": scienceqa.prompt(rows[id_], "QCM-LEA"), "Answer 1": own[id_], "Answer 2": other[id_],
-            "Task": f"The answers differ or give no choice. Decide for yourself. {_LETTER_WANTED}",
-        })) for id_ in ids
-    ]  # fmt: skip
-
-
-parse_marks: Parse = llava_bench.parse
-
-
-def parse_letter(content: str | None) -> str | None:
-    """The letter in a reply; see `letters.letter`."""
-    return letter(content or "")
 
 
 def _client(settings: JudgeSettings) -> Callable[[str], tuple[str | None, str | None]]:
@@ -275,14 +213,6 @@ def _try(row: Mapping[str, Any]) -> Record:
     return {key: row[key] for key in ("content", "error") if row.get(key) is not None}
 
 
-def _notes(row: Record) -> str:
-    """What is known of a picture as text: its captions, then a box per line."""
-    said = row.get("captions") or row.get("caption") or []
-    lines = [said] if isinstance(said, str) else [str(one) for one in said]
-    for thing in row.get("instances", []):
-        lines.append(f"{thing['category']}: {[round(float(edge), 3) for edge in thing['bbox']]}")
-    return "\n".join(lines)
-
-
-def _sections(parts: Mapping[str, str]) -> str:
+def sections(parts: Mapping[str, str]) -> str:
+    """A task's parts under headings."""
     return "\n\n".join(f"## {title}\n{text}" for title, text in parts.items())

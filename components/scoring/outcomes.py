@@ -75,8 +75,8 @@ def without(scored: Scored, names: Collection[str]) -> Scored:
 
 
 def unit_name(benchmark: str, unit: Unit) -> str:
-    """The picture in `pope`, where it stands in several splits; the question's id elsewhere."""
-    return str(unit.image if benchmark == "pope" else unit.key[0])
+    """What the benchmark knows a unit by."""
+    return find(benchmark).unit_name(unit)
 
 
 def files_note(files: Files) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from components.scoring.benchmarks.base import Scored, Unit
+from components.scoring.base import Scored, Unit
 from components.scoring.bootstrap import CONFIDENCE, DRAWS, paired_intervals, point
 from llava.errors import RefusedInput
 

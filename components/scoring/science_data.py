@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import get_args
 
 from components.contract import say
-from components.scoring.benchmarks.base import read_object
+from components.scoring.base import read_object
 from components.scoring.benchmarks.scienceqa import Style, conversations, read_problems
 from llava.errors import LlavaError
 

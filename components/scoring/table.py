@@ -6,10 +6,7 @@ import math
 from collections.abc import Mapping
 
 from components.scoring import bootstrap
-from components.scoring.benchmarks import Scored
-
-_DIGITS = {"captions": 3}
-"""Behind the point, where scores go from 0 to 1."""
+from components.scoring.benchmarks import Scored, find
 
 
 def scores_table(models: Mapping[str, Mapping[str, Scored]]) -> dict[str, list[str]]:
@@ -45,7 +42,7 @@ def scores_table(models: Mapping[str, Mapping[str, Scored]]) -> dict[str, list[s
             number(
                 found[benchmark].scores[score],
                 ranges[benchmark][score],
-                _DIGITS.get(found[benchmark].benchmark, 1),
+                find(found[benchmark].benchmark).digits,
             )
             if benchmark in found and score in found[benchmark].scores
             else ""

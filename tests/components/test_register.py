@@ -20,11 +20,11 @@ from components.contract import (
     open_store,
     run_component,
 )
-from components.evaluate.answering import to_jsonl
 from components.register import Register, RegisterSettings, champion_model
 from components.registry import Registry, model_folder, open_model, resolve
 from components.scoring.benchmarks import Files
 from components.scoring.outcomes import comparable, files_note
+from llava.data.jsonl import to_jsonl
 from llava.errors import LlavaError, RefusedInput
 from workflows.promote import promote, rollback
 

@@ -18,10 +18,10 @@ from components.contract import (
     open_store,
     run_component,
 )
-from components.evaluate.answering import to_jsonl
 from components.register import Register, RegisterSettings
 from components.scoring.benchmarks import Files
 from components.scoring.outcomes import files_note
+from llava.data.jsonl import to_jsonl
 from llava.errors import RefusedInput
 from workflows.prune import prune
 

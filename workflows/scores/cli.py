@@ -20,14 +20,19 @@ Labels = Annotated[
     typer.Option(metavar="[SPLIT=]FILE", help="The right answers; repeat with SPLIT= for pope."),
 ]
 Splits = Annotated[Path | None, typer.Option(help="scienceqa: pid_splits.json.")]
-Split = Annotated[str, typer.Option(help="scienceqa: which list of --splits.")]
+Split = Annotated[str | None, typer.Option(help="scienceqa: which list of --splits; default: test.")]
+TEST = "test"
 Reviews = Annotated[
     list[Path] | None,
     typer.Option(help="A judge's reviews; repeat for several runs (mm-vet: the grade file)."),
 ]
 MaxFailed = Annotated[
-    float,
-    typer.Option(min=0, max=1, help="Share of failed judgements above which there is no score (status 2)."),
+    float | None,
+    typer.Option(
+        min=0,
+        max=1,
+        help="Share of failed judgements above which there is no score (status 2); default: 0.5.",
+    ),
 ]
 Partial = Annotated[
     bool, typer.Option("--partial", help="captions: leave out annotated images without a caption.")
@@ -40,7 +45,7 @@ def score(
     questions: Questions = None,
     labels: Labels = None,
     splits: Splits = None,
-    split: Split = "test",
+    split: Split = None,
     reviews: Reviews = None,
     reference: Annotated[
         Path | None,
@@ -49,7 +54,7 @@ def score(
         ),
     ] = None,
     partial: Partial = False,
-    max_failed: MaxFailed = 0.5,
+    max_failed: MaxFailed = None,
     judge: Annotated[
         str | None, typer.Option(help="Ask this model for the reviews that are missing (OPENAI_API_KEY).")
     ] = None,
@@ -71,15 +76,20 @@ def score(
     percent, but for captions (the scale of pycocoevalcap) and mme, which counts points. docs/evaluation.md lists the
     files of each. Rows that are missing, doubled or unknown are refused with their numbers.
     """
-    from components.scoring.benchmarks import Files
+    from components.scoring.benchmarks import MAX_FAILED, Files
     from components.scoring.judge import JudgeSettings
     from workflows.scores import score as scoring
 
     named = scoring.label_files(labels or [])
-    files = Files(answers, questions, named, splits, split, reviews or [], reference, partial, max_failed)
+    files = Files(
+        answers, questions, named, splits, split or TEST, reviews or [], reference, partial,
+        MAX_FAILED if max_failed is None else max_failed, context, judge_swap, scoring.flag,
+    )  # fmt: skip
+    given = {**vars(files), "split": split, "max_failed": max_failed is not None, "called": None}
+    scoring.refuse_foreign(benchmark, given)
     if judge is not None:
         settings = JudgeSettings(model=judge, url=judge_url, seconds=judge_seconds)
-        scoring.run_judge(settings, benchmark, files, context, judge_swap)
+        scoring.run_judge(settings, benchmark, files)
     scored = scoring.score(benchmark, files)
     if json_:
         scoring.print_json(scoring.as_json(scored))
@@ -101,11 +111,11 @@ def compare(
     questions: Questions = None,
     labels: Labels = None,
     splits: Splits = None,
-    split: Split = "test",
+    split: Split = None,
     base_reviews: Annotated[list[Path] | None, typer.Option(help="Reviews of BASE.")] = None,
     new_reviews: Annotated[list[Path] | None, typer.Option(help="Reviews of NEW.")] = None,
     partial: Partial = False,
-    max_failed: MaxFailed = 0.5,
+    max_failed: MaxFailed = None,
     minimum_difference: Annotated[float, typer.Option(min=0, help="A gain counts only above this.")] = 0.0,
     confidence: Annotated[float, typer.Option(help="Width of the interval whose lower end decides.")] = 0.95,
     floor: Annotated[
@@ -121,9 +131,9 @@ def compare(
     not sat the exam of the others sits it now. Or BENCHMARK BASE NEW: answers that others produced, with the files of
     `llava score`.
     """
-    from components.scoring.benchmarks import BENCHMARKS, Files
+    from components.scoring.benchmarks import BENCHMARKS, MAX_FAILED, Files
     from workflows.scores import compare as comparing
-    from workflows.scores.score import label_files, print_json
+    from workflows.scores.score import flag, label_files, print_json, refuse_foreign
 
     rule = comparing.Rule(score or [], minimum_difference, confidence, floor or [])
     if names[0] not in BENCHMARKS:
@@ -136,7 +146,14 @@ def compare(
     named = label_files(labels or [])
 
     def files(answers: str, reviews: list[Path] | None) -> Files:
-        return Files(Path(answers), questions, named, splits, split, reviews or [], None, partial, max_failed)
+        found = Files(
+            Path(answers), questions, named, splits, split or TEST, reviews or [], None, partial,
+            MAX_FAILED if max_failed is None else max_failed, called=flag,
+        )  # fmt: skip
+        refuse_foreign(
+            names[0], {**vars(found), "split": split, "max_failed": max_failed is not None, "called": None}
+        )
+        return found
 
     duel = comparing.of_files(names[0], files(names[1], base_reviews), files(names[2], new_reviews), rule)
     if out is not None:

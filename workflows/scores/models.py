@@ -13,12 +13,12 @@ from components.backbones.given import start_from
 from components.contract import Artifact, Workspace, find_artifact, open_store, read_artifact, run_component
 from components.contract.store import Store
 from components.evaluate import Evaluate, EvaluateSettings, exams
-from components.evaluate.pictures import Picture
-from components.evaluate.questions import read_questions
 from components.evaluate.settings import HELD_OUT_EXAM
 from components.ray_cluster import connection
 from components.scoring.benchmarks import Scored, Unit, find
 from components.scoring.outcomes import comparable, outcomes, unit_name
+from components.scoring.pictures import Picture
+from components.scoring.questions import read_questions
 from llava.errors import RefusedInput
 from workflows.scores.compare import Duel, Look, Rule, as_json, duel, show, write_page
 from workflows.scores.score import print_json
@@ -93,7 +93,7 @@ def pictures(evaluation: Artifact, workspace: Workspace) -> Look:
         with TemporaryDirectory(prefix="llava-compare-") as folder:
             exam = exams.open_exam(one, Path(folder) / "exam")
             shown[one.title] = {item.unit: item.picture for item in exam.items if item.picture is not None}
-    kinds = {one.title: one.benchmark for one in settings.benchmarks} | {HELD_OUT_EXAM: "vqa"}
+    kinds = {title: note["benchmark"] for title, note in evaluation.manifest.notes["exams"].items()}
 
     def look(benchmark: str, unit: Unit) -> Image.Image | None:
         picture = shown.get(benchmark, {}).get(unit_name(kinds[benchmark], unit))

@@ -10,10 +10,9 @@ from typing import Any
 
 from components.contract import say
 from components.scoring import bootstrap
-from components.scoring import judge as judging
-from components.scoring.benchmarks import Files, Scored, find, scienceqa
-from components.scoring.benchmarks.letters import letter
-from components.scoring.judge import JudgeSettings
+from components.scoring.benchmarks import Files, Scored, find
+from components.scoring.judge import JudgeSettings, JudgeTask, Parse, Tally
+from components.scoring.judge import judge as have_judged
 from llava.errors import RefusedInput
 
 
@@ -25,41 +24,33 @@ def score(benchmark: str, files: Files) -> Scored:
     return scored
 
 
-def run_judge(
-    settings: JudgeSettings, benchmark: str, files: Files, context: Path | None, swap: bool
-) -> None:
-    """Let a live judge fill the files that `score` reads: `--reviews`, and for scienceqa `--reference`.
-
-    For llava-bench each reviews file is one run; with `swap` every second one shows the candidate first.
-    """
-    answers = files.need("answers", "the candidate's answers JSONL")
-    reference = files.need("reference", "the other model's answers, which the judge sees too")
-    if benchmark == "llava-bench":
-        questions = files.need("questions", "the question file (question_id, image, text, category)")
-        if context is None or not files.reviews:
-            raise RefusedInput(
-                "a judge needs --context (notes on the pictures) and --reviews, a file for each run"
-            )
-        for index, path in enumerate(files.reviews):
-            tasks = judging.marks_tasks(questions, context, reference, answers, swap and index % 2 == 1)
-            _said(path, judging.judge(settings, tasks, path, judging.parse_marks, "tuple"))
-        return
-    if benchmark != "scienceqa":
+def run_judge(settings: JudgeSettings, benchmark: str, files: Files) -> None:
+    """Let a live judge fill the files that `score` reads, where they do not hold its replies yet."""
+    judged = find(benchmark).judge
+    if judged is None:
         raise RefusedInput(f"--judge: {benchmark} needs no judge, or only scores stored grades")
-    problems = files.truth("problems.json")
-    ids = [problem.id for problem in scienceqa.read_problems(problems, files.splits, files.split)]
-    own = scienceqa.read_texts(answers, ids)
-    if reference.suffix != ".json":
-        _said(
-            reference,
-            judging.judge(settings, judging.answer_tasks(problems, ids), reference, judging.parse_letter),
-        )
-    other = scienceqa.read_texts(reference, ids)
-    for path in files.reviews:
-        tasks = judging.verdict_tasks(
-            problems, scienceqa.differ(letters_of(own), letters_of(other)), own, other
-        )
-        _said(path, judging.judge(settings, tasks, path, judging.parse_letter))
+
+    def ask(tasks: Sequence[JudgeTask], path: Path, parse: Parse, field: str | None = None) -> None:
+        _said(path, have_judged(settings, tasks, path, parse, field))
+
+    judged(files, ask)
+
+
+def flag(field: str) -> str:
+    """How the command calls a field of `Files`."""
+    return f"--{field.replace('_', '-')}"
+
+
+def refuse_foreign(benchmark: str, given: Mapping[str, Any]) -> None:
+    """Raise RefusedInput for options that the benchmark does not take, all of them at once.
+
+    `given`: by field; what is None, empty or False was not given.
+    """
+    known = find(benchmark)
+    foreign = [flag(name) for name, value in given.items() if value and name not in known.reads]
+    if foreign:
+        taken = ", ".join(flag(name) for name in known.reads)
+        raise RefusedInput(f"{benchmark} takes no {', '.join(foreign)}; it takes {taken}")
 
 
 def label_files(given: Sequence[str]) -> dict[str, Path]:
@@ -122,12 +113,7 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def letters_of(texts: Mapping[str, str]) -> dict[str, str | None]:
-    """The letter of each answer."""
-    return {id_: letter(text) for id_, text in texts.items()}
-
-
-def _said(path: Path, tally: judging.Tally) -> None:
+def _said(path: Path, tally: Tally) -> None:
     say(
         f"{path}: {tally.judged:,} judged, {tally.kept:,} were there; {tally.retried:,} replies asked for again, "
         f"{tally.failed:,} failed"

@@ -1,7 +1,8 @@
 """The table of benchmarks: one module each, with prompts, parsing, scores and what they read."""
 
+from components.scoring.base import MAX_FAILED, Files, MissingFile, Scored, Unit
 from components.scoring.benchmarks import captions, llava_bench, mm_vet, mmbench, mme, pope, scienceqa, vqa
-from components.scoring.benchmarks.base import MAX_FAILED, Benchmark, Files, Scored, Unit
+from components.scoring.benchmarks.benchmark import Benchmark
 from llava.errors import RefusedInput
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -17,4 +18,4 @@ def find(name: str) -> Benchmark:
     return BENCHMARKS[name]
 
 
-__all__ = ["BENCHMARKS", "MAX_FAILED", "Benchmark", "Files", "Scored", "Unit", "find"]
+__all__ = ["BENCHMARKS", "MAX_FAILED", "Benchmark", "Files", "MissingFile", "Scored", "Unit", "find"]

@@ -6,6 +6,7 @@ from 0 to 1.
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from components.scoring.benchmarks.base import (
-    Benchmark,
+from components.scoring.base import (
     Files,
     Record,
     Scored,
@@ -26,8 +26,13 @@ from components.scoring.benchmarks.base import (
     same_rows,
     text_of,
 )
+from components.scoring.benchmarks.benchmark import Benchmark
 from components.scoring.benchmarks.ptb import tokens
+from components.scoring.benchmarks.reading import Item, Paper, copy, dataset
 from components.scoring.bootstrap import Floats
+from components.scoring.pictures import Picture
+from components.scoring.questions import captioned
+from llava.conversation import IMAGE
 from llava.errors import RefusedInput
 
 _N = 4
@@ -42,13 +47,19 @@ def score(files: Files) -> Scored:
     rows, references = read_rows(path), read_references(labels)
     names = [_image(row, path) for row in rows]
     wanted = [name for name in references if name in set(names)] if files.partial else list(references)
-    same_rows(wanted, names, f"{path} (--partial scores what is there)", "caption", "annotated images")
+    same_rows(
+        wanted,
+        names,
+        f"{path} ({files.called('partial')} scores what is there)",
+        "caption",
+        "annotated images",
+    )
     given = {name: text_of(row, path, "caption" if "caption" in row else "text")
              for name, row in zip(names, rows, strict=True)}  # fmt: skip
     remarks = []
     if len(wanted) < len(references):
         remarks.append(f"{len(references) - len(wanted):,} of {len(references):,} annotated images have no caption "
-                       "and are left out (--partial)")  # fmt: skip
+                       f"and are left out ({files.called('partial')})")  # fmt: skip
     failed = sum(not given[name].strip() for name in wanted)
     if failed:
         remarks.append(f"{failed:,} captions are empty")
@@ -148,10 +159,69 @@ def _closest(parts: Record) -> int:
     return min((abs(length - parts["testlen"]), length) for length in parts["reflen"])[1]
 
 
+def gather(paper: Paper) -> tuple[list[Item], Files]:
+    """A dataset's pictures with captions, COCO's annotations, or a LLaVA-format file."""
+    settings, wish = paper.settings, paper.settings.instruction
+    if settings.data is not None and (artifact := dataset(settings.data)) is not None:
+        return _of_dataset(paper, captioned(artifact))
+    source = settings.data or str(settings.labels)
+    labels = copy(settings.data, "labels", paper.folder) if settings.data else paper.copies["labels"]
+    pictures, asked = paper.pictures(source), dict[str, str]()
+    if isinstance(value := read_json(labels) if labels.suffix == ".json" else read_rows(labels), list):
+        names = {str(sample["id"]): sample.get("image") for sample in value}
+        asked = {
+            str(sample["id"]): str(sample["conversations"][0]["value"]).replace(IMAGE, "").strip()
+            for sample in value
+        }
+        ids: dict[str, Any] = {str(sample["id"]): sample["id"] for sample in value}
+    else:
+        names = {str(image["id"]): image.get("file_name") for image in value.get("images", [])}
+        ids = {str(row["image_id"]): row["image_id"] for row in value.get("annotations", [])}
+    items = [
+        Item(wish or asked.get(id_) or prompt({}), pictures(names.get(id_)), {"image_id": ids[id_]}, id_)
+        for id_ in read_references(labels)
+    ]
+    return items, paper.files(labels={"": labels})
+
+
+def write(items: Sequence[Item], rows: Sequence[Record]) -> tuple[str, str]:
+    """COCO's results: a JSON list of image_id, caption."""
+    lines = [
+        json.dumps(item.row | {"caption": row["text"]}, ensure_ascii=False)
+        for item, row in zip(items, rows, strict=True)
+    ]
+    return ".json", "[" + ",\n".join(lines) + "]\n"
+
+
+def _of_dataset(paper: Paper, rows: Sequence[Record]) -> tuple[list[Item], Files]:
+    labels = paper.folder / "labels.json"
+    labels.write_text(json.dumps({
+        "images": [{"id": row["id"]} for row in rows],
+        "annotations": [{"image_id": row["id"], "caption": text} for row in rows for text in row["captions"]],
+    }, ensure_ascii=False), encoding="utf-8")  # fmt: skip
+    wish = paper.settings.instruction or prompt({})
+    items = [
+        Item(wish, Picture.of(row["image"]["bytes"]), {"image_id": row["id"]}, row["id"]) for row in rows
+    ]
+    return items, paper.files(labels={"": labels})
+
+
 BENCHMARK = Benchmark(
-    "captions",
-    "--answers COCO results JSON, --labels COCO annotations JSON",
-    score,
-    prompt,
-    "cider",
+    name="captions",
+    reads={
+        "answers": "COCO results JSON",
+        "labels": "COCO annotations JSON",
+        "questions": "the same",
+        "partial": "leave out what has no caption",
+    },
+    score=score,
+    prompt=prompt,
+    headline="cider",
+    unit="",
+    digits=3,
+    times=100.0,
+    gather=gather,
+    needs=[["data"], ["labels"]],
+    answer_length=64,
+    write=write,
 )

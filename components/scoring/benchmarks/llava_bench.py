@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from components.scoring.benchmarks.base import (
-    Benchmark,
+from components.scoring.base import (
     Files,
+    MissingFile,
     Record,
     Scored,
     Unit,
@@ -27,8 +27,18 @@ from components.scoring.benchmarks.base import (
     same_rows,
     text_of,
 )
+from components.scoring.benchmarks.benchmark import Benchmark
+from components.scoring.benchmarks.reading import Item, Paper, from_questions
 from components.scoring.bootstrap import Floats, point
+from components.scoring.judge import Ask, JudgeTask, sections
 from llava.errors import RefusedInput
+
+_MARKS_WANTED = (
+    "You cannot see the picture; the notes above describe it. How helpful, relevant, correct and detailed "
+    "is each of the two answers? Mark each from 1 to 10, where more is better. Your first line must hold "
+    "the mark of answer 1 and the mark of answer 2, with one blank between them, and nothing else. "
+    "Explain the marks on the lines below, and do not let the order of the answers count."
+)
 
 CATEGORIES = ("conversation", "detail", "complex")
 LOWEST, HIGHEST = 1.0, 10.0
@@ -63,8 +73,8 @@ def parse(content: str | None) -> tuple[float, float] | None:
 def score(files: Files) -> Scored:
     """100 x mean(candidate) / mean(reference), over all and per category, then the mean over the judge's runs."""
     if not files.reviews:
-        raise RefusedInput(
-            "--reviews is missing: the judge's JSONL, once per run (or judge now: --judge MODEL)"
+        raise MissingFile(
+            "reviews", files.called("reviews"), "the judge's JSONL, once per run (or name a judge)"
         )
     answers = _optional(files.answers)
     questions = _optional(files.questions)
@@ -87,7 +97,7 @@ def score(files: Files) -> Scored:
         remarks.append(f"{unjudged:,} judgements are missing and count as failed")
     if failed:
         remarks.append(f"{failed:,} of {len(asked) * len(runs):,} judgements failed and are left out")
-    refuse_failures(failed, len(asked) * len(runs), files.max_failed, ", ".join(map(str, files.reviews)))
+    refuse_failures(failed, len(asked) * len(runs), files, ", ".join(map(str, files.reviews)))
     sums, units = [], []
     for id_ in asked:
         marks = [run[id_].marks if id_ in run else None for run in runs]
@@ -221,10 +231,95 @@ def _categories(
     return found
 
 
+def marks_tasks(
+    questions: Path, context: Path, reference: Path, answers: Path, swapped: bool = False
+) -> list[JudgeTask]:
+    """LLaVA-Bench: question, notes on the picture, and both answers; the candidate second, or first if `swapped`.
+
+    `context` rows hold `image` and `caption` or `captions` (and `instances` with boxes, or nothing).
+    """
+    asked = by_id(read_rows(questions), questions)
+    notes = {str(row["image"]): _notes(row) for row in read_rows(context)}
+    sides = []
+    for path in (reference, answers):
+        rows = by_id(read_rows(path), path)
+        same_rows(asked, rows, str(path), "answer", "questions")
+        sides.append(rows)
+    without = [id_ for id_, row in asked.items() if str(row.get("image")) not in notes]
+    if without:
+        raise RefusedInput(
+            f"{context}: no notes on the pictures of {len(without):,} questions (first: {without[0]})"
+        )
+    tasks = []
+    for number, (id_, row) in enumerate(asked.items(), 1):
+        pair = [side[id_] for side in (sides[::-1] if swapped else sides)]
+        names = [str(one.get("answer_id", one["question_id"])) for one in pair]
+        stored = {"id": number, "question_id": row["question_id"], "answer1_id": names[0], "answer2_id": names[1],
+                  "category": row.get("category")} | ({"swapped": True} if swapped else {})  # fmt: skip
+        parts = {"Notes on the picture": notes[str(row["image"])], "Question": row["text"],
+                 "Answer 1": pair[0]["text"], "Answer 2": pair[1]["text"], "Task": _MARKS_WANTED}  # fmt: skip
+        tasks.append(JudgeTask(stored, sections(parts)))
+    return tasks
+
+
+def _notes(row: Record) -> str:
+    """What is known of a picture as text: its captions, then a box per line."""
+    said = row.get("captions") or row.get("caption") or []
+    lines = [said] if isinstance(said, str) else [str(one) for one in said]
+    for thing in row.get("instances", []):
+        lines.append(f"{thing['category']}: {[round(float(edge), 3) for edge in thing['bbox']]}")
+    return "\n".join(lines)
+
+
+def judge(files: Files, ask: Ask) -> None:
+    """Marks for each of `files.reviews`, a run of the judge each."""
+    answers = files.need("answers", "the candidate's answers JSONL")
+    reference = files.need("reference", "the answers that the judge compares with")
+    questions = files.need("questions", "the question file (question_id, image, text, category)")
+    context = files.need(
+        "context", "notes on the pictures (image, caption), for a judge that cannot see them"
+    )
+    if not files.reviews:
+        raise MissingFile("reviews", files.called("reviews"), "a file for each run of the judge")
+    for run, path in enumerate(files.reviews):
+        tasks = marks_tasks(questions, context, reference, answers, files.judge_swap and run % 2 == 1)
+        ask(tasks, path, parse, "tuple")
+
+
+def gather(paper: Paper) -> tuple[list[Item], Files]:
+    """The question file; the answers that a judge compares with, where there are some."""
+    copies = paper.copies
+    items = from_questions(paper, prompt)
+    return items, paper.files(
+        questions=copies["questions"],
+        reference=copies.get("reference"),
+        context=copies.get("context"),
+        max_failed=paper.settings.max_failed,
+    )
+
+
+def unscored(files: Files) -> str | None:
+    """Without reviews there is no score."""
+    return None if files.reviews else "no judge is named"
+
+
 BENCHMARK = Benchmark(
-    "llava-bench",
-    "--reviews JSONL (once per judge run), --answers JSONL, optionally --questions JSONL",
-    score,
-    prompt,
-    "all",
+    name="llava-bench",
+    reads={
+        "reviews": "JSONL (once per judge run)",
+        "answers": "JSONL",
+        "questions": "JSONL",
+        "max_failed": "a share",
+        "reference": "for a judge: JSONL",
+        "context": "for a judge: JSONL of image, caption",
+        "judge_swap": "for a judge",
+    },
+    score=score,
+    prompt=prompt,
+    headline="all",
+    gather=gather,
+    needs=[["questions"]],
+    answer_length=1024,
+    judge=judge,
+    unscored=unscored,
 )

@@ -6,16 +6,18 @@ Grades are stored ones: MM-Vet's grade file (by question id, lists of `content` 
 
 from __future__ import annotations
 
+import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from components.scoring.benchmarks.base import (
-    Benchmark,
+from components.scoring.base import (
     Files,
+    MissingFile,
     Record,
     Scored,
     Unit,
@@ -23,7 +25,10 @@ from components.scoring.benchmarks.base import (
     read_object,
     refuse_failures,
     same_rows,
+    text_of,
 )
+from components.scoring.benchmarks.benchmark import Benchmark
+from components.scoring.benchmarks.reading import Item, Paper, answer_row
 from components.scoring.bootstrap import Floats, point
 from llava.errors import RefusedInput
 
@@ -44,7 +49,7 @@ def score(files: Files) -> Scored:
     truth = read_object(truth_path)
     path = files.answers if not files.reviews else files.reviews[0]
     if path is None or len(files.reviews) > 1:
-        raise RefusedInput("--reviews must name one grade file of MM-Vet (it holds all runs)")
+        raise MissingFile("reviews", files.called("reviews"), "one grade file of MM-Vet (it holds all runs)")
     grades = read_object(path)
     same_rows(truth, grades, str(path), "grades", "questions")
     answers = read_object(files.answers) if files.reviews and files.answers else {}
@@ -56,7 +61,7 @@ def score(files: Files) -> Scored:
     failed = sum(runs - sum(grade is not None for grade in given) for given in read.values())
     if failed:
         remarks.append(f"{failed:,} of {runs * len(truth):,} grades failed and are left out")
-    refuse_failures(failed, runs * len(truth), files.max_failed, str(path))
+    refuse_failures(failed, runs * len(truth), files, str(path))
     names = ("total", *CAPABILITIES)
     sums, units = [], []
     for id_, row in truth.items():
@@ -109,9 +114,7 @@ def prompt(row: Record) -> str:
 def _grades(id_: str, row: Record, path: Path, remarks: list[str]) -> list[float | None]:
     """One grade per run; the judge's text decides where it is stored, the stored score where it is not."""
     if not isinstance(row, dict) or ("score" not in row and "content" not in row):
-        raise RefusedInput(
-            f"{path}: {id_} holds no grades (`score` or `content`); give MM-Vet's grade file as --reviews"
-        )
+        raise RefusedInput(f"{path}: {id_} holds no grades (`score` or `content`); give MM-Vet's grade file")
     scores, contents = _list(row.get("score")), _list(row.get("content"))
     grades: list[float | None] = []
     for run in range(max(len(scores), len(contents))):
@@ -132,10 +135,43 @@ def _list(value: Any) -> list[Any]:
     return [] if value is None else value if isinstance(value, list) else [value]
 
 
+def gather(paper: Paper) -> tuple[list[Item], Files]:
+    """The questions of mm-vet.json with their pictures."""
+    path = paper.copies["labels"]
+    pictures = paper.pictures(str(paper.settings.labels))
+    items = []
+    for id_, row in read_object(path).items():
+        text, name = text_of(row, path, "question"), row.get("imagename")
+        items.append(Item(paper.put(text, prompt(row)), pictures(name), answer_row(id_, name), id_))
+    return items, paper.files(labels={"": path}, max_failed=paper.settings.max_failed)
+
+
+def write(items: Sequence[Item], rows: Sequence[Record]) -> tuple[str, str]:
+    """The answers by question id, as MM-Vet's evaluator takes them."""
+    answers = {row["question_id"]: row["text"] for row in rows}
+    return ".json", json.dumps(answers, ensure_ascii=False, indent=1) + "\n"
+
+
+def unscored(files: Files) -> str | None:
+    """MM-Vet's own grader gives the grades; answers alone have no score."""
+    return None if files.reviews else "MM-Vet's grader has not graded them"
+
+
 BENCHMARK = Benchmark(
-    "mm-vet",
-    "--reviews MM-Vet's grade JSON (or as --answers), --labels mm-vet.json",
-    score,
-    prompt,
-    "total",
+    name="mm-vet",
+    reads={
+        "reviews": "MM-Vet's grade JSON (or as answers)",
+        "labels": "mm-vet.json",
+        "questions": "the same",
+        "answers": "JSON",
+        "max_failed": "a share",
+    },
+    score=score,
+    prompt=prompt,
+    headline="total",
+    gather=gather,
+    needs=[["labels"]],
+    answer_length=512,
+    write=write,
+    unscored=unscored,
 )

@@ -5,19 +5,19 @@ The answers file says in `option_char` which option stood behind each letter of 
 
 from __future__ import annotations
 
+import base64
 import csv
 import io
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from components.scoring.benchmarks.base import (
-    Benchmark,
+from components.scoring.base import (
     Files,
     Record,
     Scored,
@@ -30,8 +30,11 @@ from components.scoring.benchmarks.base import (
     table,
     text_of,
 )
+from components.scoring.benchmarks.benchmark import Benchmark
 from components.scoring.benchmarks.letters import LETTERS, letter
+from components.scoring.benchmarks.reading import Item, Paper, answer_row
 from components.scoring.bootstrap import Floats
+from components.scoring.pictures import Picture
 from llava.errors import RefusedInput
 
 MOST = 4
@@ -123,7 +126,12 @@ def score(files: Files) -> Scored:
 
 
 def read_questions(path: Path) -> dict[str, ChoiceQuestion]:
-    """The table by index, without its rotated rows: TSV or CSV as MMBench ships it, or JSONL."""
+    """The table by index, without its rotated rows."""
+    return {id_: _question(id_, row, path) for id_, row in _rows(path).items() if int(id_) < ROTATION}
+
+
+def _rows(path: Path) -> dict[str, Record]:
+    """The table by index: TSV or CSV as MMBench ships it, or JSONL."""
     if path.suffix in (".tsv", ".csv"):
         csv.field_size_limit(sys.maxsize)  # pictures stand in the table as base64
         cells = csv.DictReader(io.StringIO(read_text(path)), delimiter="\t" if path.suffix == ".tsv" else ",")
@@ -138,7 +146,7 @@ def read_questions(path: Path) -> dict[str, ChoiceQuestion]:
         raise RefusedInput(
             f"{path}: {len(odd):,} of {len(named):,} rows have no number as index ({odd[0]!r})"
         )
-    return {id_: _question(id_, row, path) for id_, row in named.items() if int(id_) < ROTATION}
+    return named
 
 
 def prompt(row: Record) -> str:
@@ -191,10 +199,49 @@ def _absent(value: object) -> bool:
     return value is None or str(value).strip().lower() in _ABSENT
 
 
+def gather(paper: Paper) -> tuple[list[Item], Files]:
+    """Each row of the table once per rotation of its options; pictures stand in it as base64, or lie in `images`."""
+    path = paper.copies["labels"]
+    pictures = paper.pictures(str(paper.settings.labels))
+    items = []
+    for id_, row in _rows(path).items():
+        if int(id_) >= ROTATION:
+            continue
+        names = [name for name in LETTERS[:MOST] if not _absent(row.get(name))]
+        picture = _picture(row, pictures, path)
+        for number, turned in enumerate(rotations(row)):
+            stored = answer_row(id_, None) | {
+                "round_id": number,
+                "options": [str(turned[name]) for name in names],
+                "option_char": names[number:] + names[:number],
+            }
+            text = prompt(turned)
+            if paper.settings.instruction is not None:
+                text = "\n".join([*text.split("\n")[:-1], *filter(None, [paper.settings.instruction])])
+            items.append(Item(text, picture, stored, id_))
+    return items, paper.files(labels=paper.labels)
+
+
+def _picture(row: Record, look: Callable[[str | None], Picture | None], path: Path) -> Picture | None:
+    """A name with an ending is a file's; anything else is the picture itself, as MMBench ships it."""
+    cell = row.get("image")
+    if _absent(cell) or PurePosixPath(str(cell)).suffix:
+        return look(None if _absent(cell) else str(cell))
+    try:
+        return Picture.of(base64.b64decode(str(cell), validate=True))
+    except ValueError:
+        raise RefusedInput(
+            f"{path}: row {row['index']}: its picture is neither a file's name nor base64"
+        ) from None
+
+
 BENCHMARK = Benchmark(
-    "mmbench",
-    "--answers JSONL (round_id for circular), --labels MMBench's TSV",
-    score,
-    prompt,
-    "accuracy",
+    name="mmbench",
+    reads={"answers": "JSONL (round_id for circular)", "labels": "MMBench's TSV", "questions": "the same"},
+    score=score,
+    prompt=prompt,
+    headline="accuracy",
+    gather=gather,
+    needs=[["labels"]],
+    answer_length=16,
 )

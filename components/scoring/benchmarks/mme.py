@@ -11,8 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from components.scoring.benchmarks.base import (
-    Benchmark,
+from components.scoring.base import (
     Files,
     Record,
     Scored,
@@ -24,6 +23,8 @@ from components.scoring.benchmarks.base import (
     same_rows,
     text_of,
 )
+from components.scoring.benchmarks.benchmark import Benchmark
+from components.scoring.benchmarks.reading import Item, Paper, from_questions
 from components.scoring.bootstrap import Floats
 from llava.errors import RefusedInput
 
@@ -193,10 +194,29 @@ def _truth(value: str, path: Path) -> str:
     return truth
 
 
+def gather(paper: Paper) -> tuple[list[Item], Files]:
+    """A question file whose ids are SUBTASK/PICTURE, two questions each, with MME's own folder or rows as labels."""
+
+    def unit(row: Record) -> str:
+        subtask, picture, _ = _key(str(row["question_id"]), str(row["text"]), paper.copies["questions"])
+        return f"{subtask}/{picture}"
+
+    return from_questions(paper, prompt, unit), paper.files(labels=paper.labels)
+
+
 BENCHMARK = Benchmark(
-    "mme",
-    "--answers SUBTASK.txt files or JSONL; with JSONL --labels MME's own folder or JSONL",
-    score,
-    prompt,
-    "perception",
+    name="mme",
+    reads={
+        "answers": "SUBTASK.txt files or JSONL",
+        "labels": "with JSONL: MME's own folder or JSONL",
+        "questions": "the same",
+    },
+    score=score,
+    prompt=prompt,
+    headline="perception",
+    unit="points",
+    gather=gather,
+    needs=[["questions", "labels"]],
+    answer_length=16,
+    unit_name=lambda unit: f"{unit.key[0]}/{unit.key[1]}",
 )

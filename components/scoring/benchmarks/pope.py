@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from components.scoring.benchmarks.base import (
-    Benchmark,
+from components.scoring.base import (
     Files,
+    MissingFile,
     Record,
     Scored,
     Unit,
@@ -24,6 +24,8 @@ from components.scoring.benchmarks.base import (
     table,
     text_of,
 )
+from components.scoring.benchmarks.benchmark import Benchmark
+from components.scoring.benchmarks.reading import Item, Paper, from_questions
 from components.scoring.bootstrap import Floats
 from llava.errors import RefusedInput
 
@@ -52,7 +54,9 @@ def score(files: Files) -> Scored:
     answers_path = files.need("answers", "the answers JSONL (question_id, prompt, text)")
     questions_path = files.need("questions", "the question file (question_id, image, text, category)")
     if not files.labels or "" in files.labels:
-        raise RefusedInput("--labels is missing or names no split: give --labels random=FILE and so on")
+        raise MissingFile(
+            "labels", files.called("labels"), "a file for each split, each with its split's name"
+        )
     questions = read_rows(questions_path)
     keys = [_key(row, questions_path) for row in questions]
     labels = {split: _labels(split, path, keys, questions_path) for split, path in files.labels.items()}
@@ -60,7 +64,8 @@ def score(files: Files) -> Scored:
     if without:
         said = ", ".join(f"{count:,} of {split}" for split, count in sorted(without.items()))
         raise RefusedInput(
-            f"{questions_path}: questions without a label file: {said}; give --labels SPLIT=FILE"
+            f"{questions_path}: questions without a label file: {said}; "
+            f"give one for each split: {files.called('labels')}"
         )
     answers = _join_answers(questions, keys, answers_path, questions_path)
     units, columns = [], []
@@ -209,10 +214,23 @@ def _first_words(answer: str) -> set[str]:
     return set(_WORD.findall(re.split(r"[.\n]", answer.strip(), maxsplit=1)[0].lower()))
 
 
+def gather(paper: Paper) -> tuple[list[Item], Files]:
+    """The question file; an id is used again in each split, so a picture is what names a question."""
+    items = from_questions(paper, prompt, unit=lambda row: str(row.get("image")))
+    return items, paper.files(questions=paper.copies["questions"], labels=paper.labels)
+
+
 BENCHMARK = Benchmark(
-    "pope",
-    "--answers JSONL, --questions JSONL, --labels SPLIT=JSONL for each split",
-    score,
-    prompt,
-    "mean_f1",
+    name="pope",
+    reads={"answers": "JSONL", "questions": "JSONL", "labels": "SPLIT=JSONL for each split"},
+    score=score,
+    prompt=prompt,
+    headline="mean_f1",
+    gather=gather,
+    needs=[["questions", "labels"]],
+    by_split=True,
+    answer_length=16,
+    right_or_wrong=True,
+    unit_name=lambda unit: str(unit.image),
+    units_in_order=True,
 )

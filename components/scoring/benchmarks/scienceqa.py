@@ -6,7 +6,7 @@ later papers call SQA is the column IMG.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,9 +14,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from components.scoring.benchmarks.base import (
-    Benchmark,
+from components.scoring.base import (
     Files,
+    MissingFile,
     Record,
     Scored,
     Unit,
@@ -27,9 +27,14 @@ from components.scoring.benchmarks.base import (
     same_rows,
     text_of,
 )
+from components.scoring.benchmarks.benchmark import Benchmark
 from components.scoring.benchmarks.letters import LETTERS, letter, options
+from components.scoring.benchmarks.reading import Item, Paper, answer_row
 from components.scoring.bootstrap import Floats, point
+from components.scoring.judge import Ask, JudgeTask, sections
 from llava.errors import RefusedInput
+
+_LETTER_WANTED = 'End with the sentence "The answer is X.", where X is the letter of your choice.'
 
 Style = Literal["CQM-A", "QCM-LEA"]
 SUBJECTS = {"NAT": "natural science", "SOC": "social science", "LAN": "language science"}
@@ -61,7 +66,7 @@ def score(files: Files) -> Scored:
     """The nine columns in percent; an answer without a letter, or with one beyond the choices, is wrong."""
     answers_path = files.need("answers", "the answers JSONL (question_id, text)")
     path = files.truth("problems.json")
-    problems = read_problems(path, files.splits, files.split)
+    problems = read_problems(path, files.splits, files.split, files.called)
     answers = read_texts(answers_path, [problem.id for problem in problems])
     letters = {id_: letter(text) for id_, text in answers.items()}
     unparsed = sum(given is None for given in letters.values())
@@ -84,12 +89,16 @@ def score(files: Files) -> Scored:
         others = {id_: letter(text) for id_, text in read_texts(files.reference, list(answers)).items()}
         extra["ensembles"] = _ensembles(problems, letters, others, files.reviews)
     elif files.reviews:
-        raise RefusedInput("--reviews for scienceqa are verdicts between two models: give --reference too")
+        raise MissingFile(
+            "reference", files.called("reference"), "reviews of scienceqa are verdicts between two models"
+        )
     sums = _sums(problems, [bool(unit.value) for unit in units])
     return Scored("scienceqa", units, sums, _formula, len(units), remarks, extra)
 
 
-def read_problems(path: Path, splits: Path | None, split: str) -> list[Problem]:
+def read_problems(
+    path: Path, splits: Path | None, split: str, called: Callable[[str], str] = str
+) -> list[Problem]:
     """The problems of `split`, or all of them without a splits file; each checked."""
     rows = read_object(path)
     if splits is None:
@@ -97,7 +106,9 @@ def read_problems(path: Path, splits: Path | None, split: str) -> list[Problem]:
     else:
         lists = read_object(splits)
         if split not in lists:
-            raise RefusedInput(f"{splits}: no split {split!r} but {', '.join(lists)}; choose with --split")
+            raise RefusedInput(
+                f"{splits}: no split {split!r} but {', '.join(lists)}; choose with {called('split')}"
+            )
         ids = [str(id_) for id_ in lists[split]]
         same_rows(ids, ids, f"{splits}: {split}", "entries", "problems")
     missing = [id_ for id_ in ids if id_ not in rows]
@@ -163,7 +174,7 @@ def _ensembles(
     joined = {id_: complement(own[id_], other[id_]) for id_ in own}
     scored = {"complement": _columns(problems, joined) | {"failed": sum(v is None for v in joined.values())}}
     if len(reviews) > 1:
-        raise RefusedInput("--reviews: scienceqa takes one file of verdicts")
+        raise RefusedInput(f"{len(reviews)} files of verdicts are given; scienceqa takes one")
     if reviews:
         rows, open_ = read_rows(reviews[0]), differ(own, other)
         same_rows(open_, [str(get(row, "question_id", reviews[0])) for row in rows], str(reviews[0]),
@@ -226,10 +237,84 @@ def _problem(id_: str, row: Record, path: Path) -> Problem:
                    f"{id_}/{image}" if image else None)  # fmt: skip
 
 
+def answer_tasks(problems: Path, ids: Iterable[str]) -> list[JudgeTask]:
+    """ScienceQA for a text-only model: the problem as it stands."""
+    rows = read_object(problems)
+    return [
+        JudgeTask({"question_id": id_}, f"{prompt(rows[id_], 'QCM-LEA')}\n{_LETTER_WANTED}") for id_ in ids
+    ]
+
+
+def verdict_tasks(
+    problems: Path, ids: Iterable[str], own: Mapping[str, str], other: Mapping[str, str]
+) -> list[JudgeTask]:
+    """ScienceQA where two models differ: the problem and both answers."""
+    rows = read_object(problems)
+    return [
+        JudgeTask({"question_id": id_}, sections({
+            "Problem": prompt(rows[id_], "QCM-LEA"), "Answer 1": own[id_], "Answer 2": other[id_],
+            "Task": f"The answers differ or give no choice. Decide for yourself. {_LETTER_WANTED}",
+        })) for id_ in ids
+    ]  # fmt: skip
+
+
+def parse_letter(content: str | None) -> str | None:
+    """The letter in a judge's reply; see `letters.letter`."""
+    return letter(content or "")
+
+
+def letters_of(texts: Mapping[str, str]) -> dict[str, str | None]:
+    """The letter of each answer."""
+    return {id_: letter(text) for id_, text in texts.items()}
+
+
+def judge(files: Files, ask: Ask) -> None:
+    """A text-only model's answers as the reference, where that is JSONL, and its verdicts where two models differ."""
+    answers = files.need("answers", "the candidate's answers JSONL")
+    reference = files.need("reference", "the other model's answers, which the judge sees too")
+    problems = files.truth("problems.json")
+    ids = [problem.id for problem in read_problems(problems, files.splits, files.split, files.called)]
+    own = read_texts(answers, ids)
+    if reference.suffix != ".json":
+        ask(answer_tasks(problems, ids), reference, parse_letter)
+    other = read_texts(reference, ids)
+    for path in files.reviews:
+        ask(
+            verdict_tasks(problems, differ(letters_of(own), letters_of(other)), own, other),
+            path,
+            parse_letter,
+        )
+
+
+def gather(paper: Paper) -> tuple[list[Item], Files]:
+    """The problems of the split; pictures lie in ID/NAME beside them."""
+    labels, splits = paper.copies["labels"], paper.copies.get("splits")
+    settings = paper.settings
+    pictures, rows = paper.pictures(str(settings.labels)), read_object(labels)
+    items = []
+    for problem in read_problems(labels, splits, settings.split, paper.called):
+        text = prompt(rows[problem.id], settings.style)
+        text = f"{text}\n{settings.instruction}" if settings.instruction else text
+        items.append(Item(text, pictures(problem.image), answer_row(problem.id, problem.image), problem.id))
+    return items, paper.files(labels={"": labels}, splits=splits, split=settings.split)
+
+
 BENCHMARK = Benchmark(
-    "scienceqa",
-    "--answers JSONL, --labels problems.json, --splits pid_splits.json; ensembles: --reference, --reviews",
-    score,
-    prompt,
-    "average",
+    name="scienceqa",
+    reads={
+        "answers": "JSONL",
+        "labels": "problems.json",
+        "splits": "pid_splits.json",
+        "split": "which list of it",
+        "reference": "for ensembles: the other model's answers",
+        "reviews": "for ensembles: verdicts",
+    },
+    score=score,
+    prompt=prompt,
+    headline="average",
+    gather=gather,
+    needs=[["labels"]],
+    answer_length=512,
+    right_or_wrong=True,
+    judge=judge,
 )

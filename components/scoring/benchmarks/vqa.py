@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from components.scoring.benchmarks.base import (
-    Benchmark,
+from components.scoring.base import (
     Files,
     Record,
     Scored,
@@ -30,7 +29,18 @@ from components.scoring.benchmarks.base import (
     table,
     text_of,
 )
+from components.scoring.benchmarks.benchmark import Benchmark
+from components.scoring.benchmarks.reading import (
+    Item,
+    Paper,
+    dataset,
+    from_conversations,
+    from_dataset,
+    from_questions,
+)
 from components.scoring.bootstrap import Floats
+from components.scoring.pictures import Picture
+from components.scoring.questions import read_questions
 from llava.errors import RefusedInput
 
 PEOPLE = 10
@@ -176,10 +186,34 @@ def _llava_labels(samples: list[Record], path: Path) -> dict[str, Label]:
     return labels
 
 
+def gather(paper: Paper) -> tuple[list[Item], Files]:
+    """A dataset's held-out questions, a LLaVA-format file, or questions with their labels."""
+    uri = paper.settings.data
+    if uri is None:
+        return from_questions(paper, prompt), paper.files(labels=paper.labels)
+    if (artifact := dataset(uri)) is not None:
+        asked = [
+            (question.id, question.question, question.expected, Picture(question.picture, question.image))
+            for question in read_questions(artifact, None, 0)[0]
+        ]
+        items, labels = from_dataset(paper, asked)
+    else:
+        items, labels = from_conversations(paper, uri)
+    return items, paper.files(labels={"": labels})
+
+
 BENCHMARK = Benchmark(
-    "vqa",
-    "--answers JSONL, --labels VQA annotations, rows or LLaVA-format JSON",
-    score,
-    prompt,
-    "exact_match",
+    name="vqa",
+    reads={
+        "answers": "JSONL",
+        "labels": "VQA annotations, rows or LLaVA-format JSON",
+        "questions": "the same",
+    },
+    score=score,
+    prompt=prompt,
+    headline="exact_match",
+    gather=gather,
+    needs=[["data"], ["questions", "labels"]],
+    answer_length=16,
+    right_or_wrong=True,
 )

@@ -18,30 +18,31 @@ from PIL import Image
 from benchmarks.evaluation import shapes
 from components.contract import Artifact, Component, Job, Settings, open_store, sha256_of
 from components.evaluate import Evaluate, EvaluateSettings, ExamSettings, exams, report
-from components.evaluate.answering import RIGHT, Answerer, Ask, answer_all, batches, to_jsonl
+from components.evaluate.answering import RIGHT, Answerer, Ask, answer_all, batches
 from components.evaluate.heldout_scores import Answered, metrics
-from components.evaluate.pictures import Picture, blank
-from components.evaluate.questions import (
-    Question,
+from components.evaluate.report import Sample
+from components.pages.markdown import escape
+from components.register import RegisterSettings
+from components.scoring import science_data
+from components.scoring.base import read_rows
+from components.scoring.benchmarks import Files, find
+from components.scoring.benchmarks.letters import letter
+from components.scoring.benchmarks.vqa import is_match
+from components.scoring.outcomes import comparable, outcomes
+from components.scoring.paired import OtherQuestions
+from components.scoring.pictures import Picture, blank
+from components.scoring.questions import (
+    HeldOutQuestion,
     exam_digest,
     read_questions,
     two_pictures,
     wrong_pictures,
 )
-from components.evaluate.report import Sample
-from components.pages.markdown import escape
-from components.register import RegisterSettings
-from components.scoring import science_data
-from components.scoring.benchmarks import Files, find
-from components.scoring.benchmarks.base import read_rows
-from components.scoring.benchmarks.letters import letter
-from components.scoring.benchmarks.vqa import is_match
-from components.scoring.outcomes import comparable, outcomes
-from components.scoring.paired import OtherQuestions
 from components.shard.settings import ShardSettings
 from components.shard.sources import llava as llava_source
 from components.tiny_world import scenes
 from llava import generate
+from llava.data.jsonl import to_jsonl
 from llava.data.schema import write_rows
 from llava.errors import LlavaError, RefusedInput
 from tests.support.judge_endpoint import Endpoint, said
@@ -340,7 +341,7 @@ def test_a_killed_worker_is_replaced_and_every_question_is_answered(
     ("entry", "change", "message"),
     [
         (0, {"labels": {"random": "LABELS"}}, r"questions without a label file: 12 of adversarial"),
-        (0, {"images": "."}, r"pope: no picture shapes-.*png in .*; name the folder: images"),
+        (0, {"images": "."}, r"images: no picture shapes-.*png in .*; name the folder: images"),
         (0, {"questions": "nowhere.jsonl"}, r"nowhere\.jsonl: .*give the path of a file"),
         (2, {"labels": "OTHER"}, r"answers belong to none of the questions|questions have no answers"),
         (3, {"data": "."}, r"neither a LLaVA-format JSON or JSONL nor a finished dataset artifact"),
@@ -511,7 +512,7 @@ def test_a_dataset_is_a_benchmark_of_its_held_out_rows(
     asked = exams.open_exam(ExamSettings(benchmark="vqa", data=uri), tmp_path / "vqa")
     assert [item.prompt for item in asked.items] == [f"Which is number {number}?" for number in range(6)]
     told = exams.open_exam(ExamSettings(benchmark="captions", data=uri), tmp_path / "captions")
-    scored = find("captions").score(exams.answered(told, ["a red picture"] * 6, "m", tmp_path / "captions"))
+    scored = find("captions").score(exams.answered(told, ["a red picture"] * 6, "m"))
     assert scored.n == 6
     assert scored.units[0].expected == "a picture / a red picture"
     assert [item.picture.sha256 for item in told.items if item.picture] == [
@@ -574,7 +575,7 @@ def test_a_limit_draws_the_same_questions_with_their_own_pictures_each_time(
 @pytest.mark.parametrize("seed", range(20))
 def test_the_wrong_picture_is_never_the_same_picture(seed: int) -> None:
     shown = ["a", "b", "a", "c", "b", "a", "d", "d"]
-    questions = [Question(f"{n}", "k", "q", "e", image.encode()) for n, image in enumerate(shown)]
+    questions = [HeldOutQuestion(f"{n}", "k", "q", "e", image.encode()) for n, image in enumerate(shown)]
     wrong = wrong_pictures(questions, seed)
     assert all(shown[other] != own for own, other in zip(shown, wrong, strict=True))
     assert {shown[other] for other in wrong} == set(shown)
@@ -582,14 +583,14 @@ def test_the_wrong_picture_is_never_the_same_picture(seed: int) -> None:
 
 def test_one_picture_cannot_be_deranged() -> None:
     with pytest.raises(RefusedInput, match="needs two"):
-        wrong_pictures([Question(name, "k", "q", "e", b"same") for name in "ab"], 0)
+        wrong_pictures([HeldOutQuestion(name, "k", "q", "e", b"same") for name in "ab"], 0)
 
 
 def test_the_exam_is_another_one_when_anything_that_was_asked_differs() -> None:
     def exam(image: bytes = b"a", text: str = "q", order: int = 0, tokens: int = 6) -> str:
         questions = [
-            Question("1", "k", text, "e", image),
-            *(Question(n, "k", "q", "e", n.encode()) for n in "xyz"),
+            HeldOutQuestion("1", "k", text, "e", image),
+            *(HeldOutQuestion(n, "k", "q", "e", n.encode()) for n in "xyz"),
         ]
         wrong = wrong_pictures(questions, order)
         return exam_digest(questions, wrong, {"max_new_tokens": tokens})

@@ -25,12 +25,13 @@ from components.contract import (
     run_component,
 )
 from components.evaluate import ExamSettings
+from components.evaluate.answering import RIGHT
 from components.evaluate.exams import Exam
-from components.evaluate.judge_run import reviews
+from components.evaluate.judge_run import reviewed
 from components.scoring import judge as judging
-from components.scoring.benchmarks import Files, find
-from components.scoring.benchmarks.base import read_rows
-from components.scoring.judge import JudgeSettings, Task
+from components.scoring.base import read_rows
+from components.scoring.benchmarks import Files, find, llava_bench
+from components.scoring.judge import JudgeSettings, JudgeTask
 from llava.errors import RefusedInput
 from tests.support.judge_endpoint import Endpoint, Reply, said
 from tests.support.repository import REPOSITORY
@@ -75,10 +76,10 @@ def test_every_kind_of_failure_is_counted_and_the_score_is_that_of_the_rest(
 ) -> None:
     endpoint.replies = FAILURES | GOOD
     tasks = [
-        Task({"question_id": name, "category": "detail"}, f"Judge [{name}]") for name in endpoint.replies
+        JudgeTask({"question_id": name, "category": "detail"}, f"Judge [{name}]") for name in endpoint.replies
     ]
     path = tmp_path / "reviews.jsonl"
-    tally = judging.judge(settings(endpoint, seconds=1.5), tasks, path, judging.parse_marks, "tuple")
+    tally = judging.judge(settings(endpoint, seconds=1.5), tasks, path, llava_bench.parse, "tuple")
     assert (tally.judged, tally.failed, tally.retried) == (23, 20, 21)
     rows = {row["question_id"]: row for row in map(json.loads, path.read_text().splitlines())}
     assert rows["prose first"]["content"] == "Both are good.\n8 9"  # stored as it came
@@ -98,11 +99,11 @@ def test_every_kind_of_failure_is_counted_and_the_score_is_that_of_the_rest(
 
 def test_a_second_run_judges_only_what_failed(endpoint: Endpoint, tmp_path: Path) -> None:
     endpoint.replies = {"good": said("8 6"), "late": said("?", "?", "9 9")}
-    tasks = [Task({"question_id": name}, f"[{name}]") for name in endpoint.replies]
+    tasks = [JudgeTask({"question_id": name}, f"[{name}]") for name in endpoint.replies]
     path = tmp_path / "reviews.jsonl"
-    first = judging.judge(settings(endpoint), tasks, path, judging.parse_marks, "tuple")
-    second = judging.judge(settings(endpoint), tasks, path, judging.parse_marks, "tuple")
-    third = judging.judge(settings(endpoint), tasks, path, judging.parse_marks, "tuple")
+    first = judging.judge(settings(endpoint), tasks, path, llava_bench.parse, "tuple")
+    second = judging.judge(settings(endpoint), tasks, path, llava_bench.parse, "tuple")
+    third = judging.judge(settings(endpoint), tasks, path, llava_bench.parse, "tuple")
     assert [(one.kept, one.judged, one.failed) for one in (first, second, third)] == [
         (0, 2, 1),
         (1, 1, 0),
@@ -115,10 +116,10 @@ def test_a_second_run_judges_only_what_failed(endpoint: Endpoint, tmp_path: Path
 
 def test_a_refused_key_stops_at_once_and_what_was_judged_stays(endpoint: Endpoint, tmp_path: Path) -> None:
     endpoint.replies = {"good": said("8 6"), "key": [(401, None, 0.0)]}
-    tasks = [Task({"question_id": name}, f"[{name}]") for name in endpoint.replies]
+    tasks = [JudgeTask({"question_id": name}, f"[{name}]") for name in endpoint.replies]
     path = tmp_path / "reviews.jsonl"
     with pytest.raises(RefusedInput, match=r"the judge j at .* refuses"):
-        judging.judge(settings(endpoint, concurrency=1), tasks, path, judging.parse_marks)
+        judging.judge(settings(endpoint, concurrency=1), tasks, path, llava_bench.parse)
     assert [json.loads(line)["question_id"] for line in path.read_text().splitlines()] == ["good"]
 
 
@@ -129,10 +130,10 @@ def test_the_key_is_not_shown_by_an_endpoint_that_repeats_it(
     monkeypatch.setenv("OPENAI_API_KEY", f"{key}\n")
     told = f"wrong: {key}"
     endpoint.replies = {"page": said(told.encode()), "bad": [(400, told, 0.0)], "key": [(401, told, 0.0)]}
-    tasks = [Task({"question_id": name}, f"[{name}]") for name in endpoint.replies]
+    tasks = [JudgeTask({"question_id": name}, f"[{name}]") for name in endpoint.replies]
     path = tmp_path / "reviews.jsonl"
     with pytest.raises(RefusedInput, match=r"refuses: .*wrong: \*\*\*") as refused:
-        judging.judge(settings(endpoint, concurrency=1), tasks, path, judging.parse_marks)
+        judging.judge(settings(endpoint, concurrency=1), tasks, path, llava_bench.parse)
     stored = path.read_text()
     assert stored.count("wrong: ***") == 4  # two tries of two questions
     assert key not in stored + str(refused.value)
@@ -141,20 +142,20 @@ def test_the_key_is_not_shown_by_an_endpoint_that_repeats_it(
 @pytest.mark.parametrize("url", ["http://localhost:80O0/v1", "http://[::1"])
 def test_an_address_that_is_none_is_refused(endpoint: Endpoint, tmp_path: Path, url: str) -> None:
     with pytest.raises(RefusedInput, match="the judge's URL http"):
-        judging.judge(settings(endpoint, url=url), [Task({"question_id": 1}, "[x]")], tmp_path / "r.jsonl",
-                      judging.parse_marks)  # fmt: skip
+        judging.judge(settings(endpoint, url=url), [JudgeTask({"question_id": 1}, "[x]")], tmp_path / "r.jsonl",
+                      llava_bench.parse)  # fmt: skip
 
 
 def test_without_a_key_or_with_one_in_the_url_nothing_is_asked(
     endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tasks = [Task({"question_id": 1}, "[x]")]
+    tasks = [JudgeTask({"question_id": 1}, "[x]")]
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(RefusedInput, match="set OPENAI_API_KEY"):
-        judging.judge(settings(endpoint), tasks, tmp_path / "r.jsonl", judging.parse_marks)
+        judging.judge(settings(endpoint), tasks, tmp_path / "r.jsonl", llava_bench.parse)
     with pytest.raises(RefusedInput, match="the judge's URL holds"):
         url = endpoint.url.replace("http://", "http://user:secret@")
-        judging.judge(settings(endpoint, url=url), tasks, tmp_path / "r.jsonl", judging.parse_marks)
+        judging.judge(settings(endpoint, url=url), tasks, tmp_path / "r.jsonl", llava_bench.parse)
 
 
 class Judged(Component):
@@ -165,11 +166,15 @@ class Judged(Component):
     Settings: ClassVar[type[Settings]] = ExamSettings
     on_ray: ClassVar[bool] = False
 
-    def run(self, job: Job) -> None:
+    def run(self, job: Job[ExamSettings]) -> None:
         folder = job.scratch / "exam"
         shutil.copytree(Path(job.settings.questions).parent, folder)
-        names = {name: folder / f"{name}.jsonl" for name in ("answers", "questions", "reference")}
-        for path in reviews(job, Exam(job.settings, (), Files(**names), ""), Files(**names), folder).reviews:
+        names = {name: folder / f"{name}.jsonl" for name in ("answers", "questions", "reference", "context")}
+        exam = Exam(
+            job.settings.title, find(job.settings.benchmark), (), Files(**names), "", 16, (RIGHT,), folder, "", {},
+            job.settings,
+        )  # fmt: skip
+        for path in reviewed(job, exam, exam.files).reviews:
             job.folder.upload(path, path.name)
 
 
@@ -196,7 +201,7 @@ def test_kill_9_repeats_only_the_judgements_since_they_were_last_kept(
         **{name: str(bench / f"{name}.jsonl") for name in ("questions", "context", "reference")},
     })  # fmt: skip
     code = (
-        "import sys; from components.evaluate import judge; judge.KEEP_SECONDS = 0.3; "
+        "import sys; from components.scoring import judge; judge.KEEP_SECONDS = 0.3; "
         "from tests.components.scoring.test_judge import judge_in; judge_in(*sys.argv[1:])"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(root), mlflow_db, entry], cwd=REPOSITORY)
@@ -250,8 +255,10 @@ def test_two_judge_runs_the_second_swapped_give_mean_and_spread(endpoint: Endpoi
         questions=tmp_path / "questions.jsonl",
         reference=tmp_path / "reference.jsonl",
         reviews=[tmp_path / "usual.jsonl", tmp_path / "swapped.jsonl"],
+        context=tmp_path / "context.jsonl",
+        judge_swap=True,
     )
-    run_judge(settings(endpoint), "llava-bench", files, tmp_path / "context.jsonl", swap=True)
+    run_judge(settings(endpoint), "llava-bench", files)
     usual = [text for text in endpoint.texts if text.index("REFERENCE") < text.index("CANDIDATE")]
     assert len(usual) == 2
     assert "a dog\ndog: [0.0, 0.0, 0.5, 1.0]" in "".join(usual)
@@ -282,7 +289,7 @@ def test_scienceqa_asks_a_second_model_and_then_a_judge_where_they_differ(
         reference=tmp_path / "gpt4.jsonl",
         reviews=[tmp_path / "verdicts.jsonl"],
     )
-    run_judge(settings(endpoint), "scienceqa", files, None, swap=False)
+    run_judge(settings(endpoint), "scienceqa", files)
     found = find("scienceqa").score(files)
     assert found.scores["average"] == pytest.approx(200 / 3)
     assert found.extra["ensembles"]["complement"]["average"] == 100.0

@@ -331,7 +331,7 @@ def test_captions_of_a_part_of_the_pictures_are_refused_unless_partial_is_said(t
         find("captions").score(Files(**files))
     found = find("captions").score(Files(**files, partial=True))
     assert found.n == 2
-    assert "1 of 3 annotated images have no caption and are left out (--partial)" in found.remarks
+    assert "1 of 3 annotated images have no caption and are left out (partial)" in found.remarks
 
 
 def test_files_that_are_cut_short_absent_or_no_json_are_refused_with_their_place(tmp_path: Path) -> None:

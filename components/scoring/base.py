@@ -25,9 +25,17 @@ MAX_FAILED = 0.5
 _NAMED = 5
 
 
+class MissingFile(RefusedInput):
+    """A file that a score cannot do without was not given; `field` is a field of `Files`."""
+
+    def __init__(self, field: str, called: str, what: str) -> None:
+        super().__init__(f"{called} is missing: {what}")
+        self.field = field
+
+
 @dataclass(frozen=True)
 class Files:
-    """The files a score is made from, as `llava score` takes them."""
+    """The files a score is made from, and what belongs to them."""
 
     answers: Path | None = None
     questions: Path | None = None
@@ -43,21 +51,29 @@ class Files:
     partial: bool = False
     """Score only what was answered, where the benchmark's own tool does so."""
     max_failed: float = MAX_FAILED
+    context: Path | None = None
+    """Notes on the pictures, for a judge that cannot see them."""
+    judge_swap: bool = False
+    """Whether every second of `reviews` shows the judge the candidate first."""
+    called: Callable[[str], str] = field(default=str, compare=False)
+    """How whoever gives the files calls a field: a message must name what the reader can change."""
 
     def need(self, name: str, what: str) -> Path:
-        """The file `--name`, or a refusal that says what it must hold."""
+        """The file of that field, or a refusal that says what it must hold."""
         path = getattr(self, name)
         if path is None:
-            raise RefusedInput(f"--{name} is missing: {what}")
+            raise MissingFile(name, self.called(name), what)
         return Path(path)
 
     def truth(self, what: str) -> Path:
-        """The one file that holds the right answers: `--labels`, or `--questions` where that names none."""
+        """The one file that holds the right answers: `labels`, or `questions` where that names none."""
         if len(self.labels) > 1:
-            raise RefusedInput(f"--labels is given {len(self.labels)} times; this benchmark takes one file")
+            raise RefusedInput(
+                f"{self.called('labels')} is given {len(self.labels)} times; this benchmark takes one file"
+            )
         path = next(iter(self.labels.values()), self.questions)
         if path is None:
-            raise RefusedInput(f"--labels is missing: {what}")
+            raise MissingFile("labels", self.called("labels"), what)
         return path
 
 
@@ -106,20 +122,6 @@ class Scored:
     def values(self) -> NDArray[np.float64]:
         """`value` of each unit, shape (units,)."""
         return np.array([unit.value for unit in self.units], dtype=np.float64)
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """A line of the table: how its questions are put, its answers read, and its scores computed."""
-
-    name: str
-    reads: str
-    """Which files, in one line for `--help` and for errors."""
-    score: Callable[[Files], Scored]
-    prompt: Callable[[Record], str]
-    """A question's row to what the user would type."""
-    headline: str
-    """The score that stands for the benchmark where one number must."""
 
 
 def read_text(path: Path) -> str:
@@ -205,12 +207,13 @@ def first_line(text: str) -> str:
     return lines[0].strip() if lines else ""
 
 
-def refuse_failures(failed: int, judged: int, limit: float, where: str) -> None:
-    """No score where more than `limit` of the judgements failed, or where none is left."""
+def refuse_failures(failed: int, judged: int, files: Files, where: str) -> None:
+    """No score where more than `files.max_failed` of the judgements failed, or where none is left."""
+    limit = files.max_failed
     if judged and (failed > limit * judged or failed == judged):
         raise RefusedInput(
             f"{where}: {failed:,} of {judged:,} judgements failed ({100 * failed / judged:.1f} %), the limit is "
-            f"{100 * limit:g} %: there is no score; judge the failed ones again, or raise --max-failed"
+            f"{100 * limit:g} %: there is no score; judge the failed ones again, or raise {files.called('max_failed')}"
         )
 
 

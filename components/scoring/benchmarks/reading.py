@@ -1,0 +1,211 @@
+"""What benchmarks share when a model is asked: from files to questions with their pictures."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from components.contract import MANIFEST, Store, open_store, read_artifact
+from components.scoring.base import Files, Record, by_id, get, read_json, read_rows, text_of
+from components.scoring.pictures import Picture
+from llava.conversation import IMAGE
+from llava.errors import RefusedInput
+
+READ_IN_PLACE = ("images", "data")
+"""What is not copied: folders, and datasets."""
+
+
+class Asked(Protocol):
+    """The settings of an exam, as far as a benchmark reads them."""
+
+    @property
+    def title(self) -> str: ...
+    @property
+    def data(self) -> str | None: ...
+    @property
+    def questions(self) -> str | None: ...
+    @property
+    def labels(self) -> str | dict[str, str] | None: ...
+    @property
+    def images(self) -> str | None: ...
+    @property
+    def split(self) -> str: ...
+    @property
+    def instruction(self) -> str | None: ...
+    @property
+    def style(self) -> Any: ...
+    @property
+    def max_failed(self) -> float: ...
+    @property
+    def paths(self) -> dict[str, str]: ...
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question as the model gets it."""
+
+    prompt: str
+    picture: Picture | None
+    row: Record
+    """The line of the answers file, without what the model says."""
+    unit: str
+    """What the scored unit is known by (`Benchmark.unit_name`)."""
+    wrong: Picture | None = None
+    """Another question's picture."""
+    expected: str | None = None
+    """An answer whose loss is measured."""
+
+
+@dataclass(frozen=True)
+class Paper:
+    """What an exam is made from: its settings, copies of its files, and where pictures lie."""
+
+    settings: Asked
+    copies: Mapping[str, Path]
+    """By what they are: `questions`, `labels`, `labels SPLIT`, ..."""
+    folder: Path
+    """Of the copies; a benchmark may write its own files there."""
+    look: Callable[[Store, str], Picture] = Picture.at
+    """How a picture is opened; a look ahead only asks whether it is there."""
+    called: Callable[[str], str] = str
+    """See `Files.called`."""
+
+    @property
+    def labels(self) -> dict[str, Path]:
+        """The copies of the label files, by split."""
+        found = {what.partition(" ")[2]: path for what, path in self.copies.items()
+                 if what.partition(" ")[0] == "labels"}  # fmt: skip
+        return found
+
+    def pictures(self, beside: str) -> Callable[[str | None], Picture | None]:
+        """From a picture's name in the files to the picture; each is looked at once.
+
+        `beside`: the file in whose folder they lie where `images` names none.
+        """
+        store = open_store(self.settings.images or beside.rpartition("/")[0] or ".")
+        known: dict[str, Picture] = {}
+
+        def find(name: str | None) -> Picture | None:
+            if name is None:
+                return None
+            if name not in known:
+                try:
+                    known[name] = self.look(store, str(name))
+                except FileNotFoundError:
+                    raise RefusedInput(
+                        f"{self.called('images')}: no picture {name} in {store.uri}; name the folder that has it"
+                    ) from None
+            return known[name]
+
+        return find
+
+    def put(self, text: str, with_wish: str) -> str:
+        """The question and the wish for its format; a text of several lines has one already."""
+        wish = self.settings.instruction
+        if wish is not None:
+            return f"{text}\n{wish}" if wish else text
+        return text if "\n" in text else with_wish
+
+    def files(self, **more: Any) -> Files:
+        """The files to score, called as the exam calls them."""
+        return Files(called=self.called, **more)
+
+
+def answer_row(id_: Any, image: str | None) -> Record:
+    """The line of an answer, without what the model says."""
+    return {"question_id": id_, "metadata": {} if image is None else {"image": image}}
+
+
+def from_questions(
+    paper: Paper, prompt: Callable[[Record], str], unit: Callable[[Record], str] | None = None
+) -> list[Item]:
+    """An item per row of the question file (question_id, image, text, category).
+
+    `unit`: what a row's unit is known by, where several rows may have one id; default: its id, which is its own.
+    """
+    path = paper.copies["questions"]
+    rows, pictures = read_rows(path), paper.pictures(str(paper.settings.questions))
+    if unit is None:
+        by_id(rows, path)
+    items = []
+    for row in rows:
+        text = text_of(row, path).replace(IMAGE, "").strip()
+        name = row.get("image")
+        stored = answer_row(get(row, "question_id", path), name)
+        if row.get("category") is not None:
+            stored["metadata"]["category"] = row["category"]
+        named = unit(row) if unit else str(row["question_id"])
+        items.append(Item(paper.put(text, prompt(row | {"text": text})), pictures(name), stored, named))
+    return items
+
+
+def from_conversations(paper: Paper, uri: str) -> tuple[list[Item], Path]:
+    """An item per turn of a LLaVA-format file, which is its own label file."""
+    labels = copy(uri, "labels", paper.folder)
+    pictures = paper.pictures(uri)
+    rows = read_json(labels) if labels.suffix == ".json" else read_rows(labels)
+    items = []
+    for sample in rows:
+        turns = get(sample, "conversations", labels)[::2]
+        for number, turn in enumerate(turns, 1):
+            id_ = f"{sample['id']}" if len(turns) == 1 else f"{sample['id']}-{number}"
+            asked = str(turn["value"]).replace(IMAGE, "").strip()
+            picture = pictures(sample.get("image"))
+            row = answer_row(id_, sample.get("image"))
+            items.append(Item(paper.put(asked, asked), picture, row, id_))
+    return items, labels
+
+
+def from_dataset(paper: Paper, asked: Sequence[tuple[str, str, str, Picture]]) -> tuple[list[Item], Path]:
+    """Questions (id, question, expected, picture) of a dataset: their labels are written in LLaVA's format."""
+    labels = paper.folder / "labels.json"
+    samples = [
+        {"id": id_, "image": picture.sha256, "conversations": [
+            {"from": "human", "value": f"{IMAGE}\n{question}"}, {"from": "gpt", "value": expected},
+        ]} for id_, question, expected, picture in asked
+    ]  # fmt: skip
+    labels.write_text(json.dumps(samples, ensure_ascii=False, indent=0), encoding="utf-8")
+    items = [
+        Item(paper.put(question, question), picture, answer_row(id_, picture.sha256), id_)
+        for id_, question, _, picture in asked
+    ]
+    return items, labels
+
+
+def dataset(uri: str) -> Store | None:
+    """The dataset artifact at `uri`; None where a file lies there."""
+    store = open_store(uri)
+    if store.local_path is not None and store.local_path.is_file():
+        return None
+    if store.stat(MANIFEST) is None or read_artifact(store) is None:
+        if Path(uri).suffix in (".json", ".jsonl"):
+            return None
+        raise RefusedInput(f"{uri}: neither a LLaVA-format JSON or JSONL nor a finished dataset artifact")
+    return store
+
+
+def copy(uri: str, what: str, folder: Path) -> Path:
+    """The file at `uri` as `folder/WHAT.SUFFIX`; a folder as `folder/WHAT`."""
+    goal = folder / f"{what.replace(' ', '-')}{Path(uri).suffix}"
+    if uri.startswith("s3://"):
+        above, _, name = uri.rpartition("/")
+        if open_store(above).stat(name) is not None:
+            open_store(above).download(name, goal)
+            return goal
+        inside = open_store(uri)
+        for entry in inside.list():
+            inside.download(entry.key, goal / entry.key)
+        return goal
+    source = Path(uri).expanduser()
+    try:
+        if source.is_dir():
+            shutil.copytree(source, goal)
+        else:
+            shutil.copyfile(source, goal)
+    except OSError as error:
+        raise RefusedInput(f"{uri}: {error.strerror or error}; give the path of a file") from None
+    return goal

@@ -1,0 +1,24 @@
+"""JSON Lines: one value a line, UTF-8. A text may hold characters at which `str.splitlines` would cut (U+2028)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+
+def to_jsonl(values: Iterable[Any]) -> bytes:
+    """One JSON value a line."""
+    return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values).encode()
+
+
+def from_jsonl(data: bytes) -> list[Any]:
+    """What `to_jsonl` wrote; empty lines are passed over. Raises ValueError that names the line."""
+    values = []
+    for number, line in enumerate(data.decode().split("\n"), start=1):
+        if line.strip():
+            try:
+                values.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number} is no JSON: {error.msg}") from None
+    return values
