@@ -63,7 +63,7 @@ def ours_checked(photos: Path, out: Path, listed: Listed) -> None:
     settings = ShardSettings(source="coco", path=str(photos), heldout=0, rows_per_shard=PER_SHARD)
     listing = SOURCES["coco"].listing(settings)
     for part, (items, samples) in enumerate(listing.shards(PER_SHARD)):
-        arguments = (settings, listing.place, items)
+        arguments = (settings, listing.shared, items)
         task = tasks.ShardTask(
             f"part-{part:05d}", part, samples, component._write_shard, arguments, component._made_of
         )

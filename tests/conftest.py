@@ -36,6 +36,7 @@ PHOTOS = SHARED / "data" / "coco"
 WAIT = 90.0  # seconds: a busy machine starts slowly
 LONGEST = (
     "drills/test_kills.py",
+    "drills/test_kills_of_drivers.py",
     "workflows/test_train.py",
     "workflows/kubernetes/test_rayjob_submitted.py",
     # A process that is down to its last test gets another module: this one waits for the drills, which are one test.

@@ -22,6 +22,7 @@ from components.contract import (
 )
 from components.registry import EVALUATION_DIGEST, MODEL_DIGEST, Registry, tracking_uri
 from llava.errors import AlreadyRunning, RefusedInput
+from workflows.stages import STAGES
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def _artifacts(store: Store) -> list[Found]:
     """Every artifact folder of the root, finished or not, whatever stage it is of."""
     return [
         Found(folder := store.sub(address), read_artifact(folder), size)
-        for address, size in artifact_folders(store).items()
+        for address, size in artifact_folders(store, {stage.component.name for stage in STAGES}).items()
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -152,18 +152,19 @@ def find_artifact(digest: str, roots: Iterable[Store]) -> Artifact | None:
     return None
 
 
-def artifact_folders(root: Store) -> dict[str, int]:
+def artifact_folders(root: Store, known: Collection[str] = ()) -> dict[str, int]:
     """Every artifact's address in a root (`component/digest`), finished or not, with the bytes that lie there.
 
-    A folder is an artifact's by its address and by a manifest, a lease or the record of a run; who made it does not
-    matter, so that a stage that this version does not know is seen as well.
+    A folder is an artifact's by its address and by a manifest, a lease or the record of a run; whose it is does not
+    matter, so that a stage that this version does not know is seen as well. Of the components `known` it needs no
+    such file.
     """
     sizes: dict[str, int] = {}
     artifacts: set[str] = set()
     for entry in root.list():
         if found := _ADDRESS.match(entry.key):
             sizes[found[1]] = sizes.get(found[1], 0) + entry.size
-            if found[2] in _MARKS:
+            if found[2] in _MARKS or found[1].partition("/")[0] in known:
                 artifacts.add(found[1])
     return {address: size for address, size in sizes.items() if address in artifacts}
 

@@ -341,7 +341,7 @@ def test_a_killed_worker_is_replaced_and_every_question_is_answered(
     ("entry", "change", "message"),
     [
         (0, {"labels": {"random": "LABELS"}}, r"questions without a label file: 12 of adversarial"),
-        (0, {"images": "."}, r"images: no picture shapes-.*png in .*; name the folder: images"),
+        (0, {"images": "."}, r"images: no picture shapes-.*png in .*; name the folder that has it"),
         (0, {"questions": "nowhere.jsonl"}, r"nowhere\.jsonl: .*give the path of a file"),
         (2, {"labels": "OTHER"}, r"answers belong to none of the questions|questions have no answers"),
         (3, {"data": "."}, r"neither a LLaVA-format JSON or JSONL nor a finished dataset artifact"),
@@ -391,7 +391,8 @@ def test_another_judge_is_another_exam_and_without_one_the_exam_is_what_it_alway
         ({"benchmark": "pope", "questions": "q", "labels": "l"}, "give labels by split"),
         ({"benchmark": "vqa", "name": "mine"}, r"mine \(vqa\): give data, or questions and labels"),
         ({"benchmark": "vqa", "data": "d"}, "benchmarks: 'vqa' is taken"),
-        ({"benchmark": "mme"}, "Input should be 'vqa'"),
+        ({"benchmark": "mme"}, "mme: give questions and labels"),
+        ({"benchmark": "vqa2", "data": "d"}, "no such benchmark; known: vqa, pope, "),
         ({"benchmark": "captions", "data": "s3://key:secret@host/x"}, "credentials|password"),
         (
             {"benchmark": "llava-bench", "questions": "q", "judge": {"model": "m"}},
@@ -479,7 +480,7 @@ def test_scienceqa_is_written_as_training_data_that_shard_reads(tmp_path: Path) 
         source="llava", path=str(tmp_path / "data"), conversations="train.json", heldout=0
     )
     listed = llava_source.listing(settings)
-    rows = [llava_source.load(settings, listed.place, item).row for item in listed.items]
+    rows = [llava_source.load(settings, listed.shared, item).row for item in listed.items]
     assert count == len(rows) > 6
     known = json.loads(problems.read_text())
     for row in rows:

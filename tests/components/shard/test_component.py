@@ -41,7 +41,7 @@ def jpeg(side: int = 40, **options: Any) -> bytes:
 def outcomes_of(settings: ShardSettings) -> list[Any]:
     """What the source gives, without Ray."""
     listing = SOURCES[settings.source].listing(settings)
-    return list(outcomes(settings, listing.place, listing.items, open_store("/nowhere")))
+    return list(outcomes(settings, listing.shared, listing.items, open_store("/nowhere")))
 
 
 def coco_data(folder: Path, photos: dict[str, bytes | None], boxes: dict[str, list] | None = None) -> Path:

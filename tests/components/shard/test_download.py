@@ -89,7 +89,7 @@ def cc3m(folder: Path, lines: list[str], **options: Any) -> ShardSettings:
 
 def run(settings: ShardSettings, kept: Path) -> list[Any]:
     listing = SOURCES["cc3m"].listing(settings)
-    return list(outcomes(settings, listing.place, listing.items, open_store(kept)))
+    return list(outcomes(settings, listing.shared, listing.items, open_store(kept)))
 
 
 def test_every_row_of_a_bad_list_is_accounted_for_and_nothing_private_is_reached(
@@ -278,7 +278,7 @@ KILLED = """
     cc3m._KEEP_ROWS = 5
     settings = ShardSettings.model_validate_json(sys.argv[1])
     listing = SOURCES["cc3m"].listing(settings)
-    list(outcomes(settings, listing.place, listing.items, open_store(sys.argv[2])))
+    list(outcomes(settings, listing.shared, listing.items, open_store(sys.argv[2])))
 """
 
 
@@ -358,7 +358,7 @@ def test_a_small_shard_of_dead_links_is_finished_where_other_links_of_the_list_a
     settings = cc3m(tmp_path / "data", [*alive, *DEAD])
     listing = SOURCES["cc3m"].listing(settings)
     last = listing.items[400:]
-    found = list(outcomes(settings, listing.place, last, open_store(tmp_path / "kept")))
+    found = list(outcomes(settings, listing.shared, last, open_store(tmp_path / "kept")))
     assert [getattr(one, "reason", "") for one in found] == ["dns"] * 4
     assert sum(server.hits.values()) == 1
 

@@ -24,7 +24,7 @@ from components.contract.runner import Outcome
 from components.finetune import Finetune, FinetuneSettings
 from components.pretrain import Pretrain, PretrainSettings
 from components.tiny_world import scenes
-from components.training.progress import ProgressClient, start_progress_actor
+from components.training.board import ProgressClient, start_progress_actor
 from llava.data.schema import write_rows
 from llava.errors import LlavaError, RefusedInput
 from llava.training.memory import can_fuse_loss

@@ -48,7 +48,7 @@ def found(settings: ShardSettings) -> list[Any]:
     """What the source gives, without Ray."""
     SOURCES[settings.source].check(settings)
     listing = SOURCES[settings.source].listing(settings)
-    return list(outcomes(settings, listing.place, listing.items, open_store("/nowhere")))
+    return list(outcomes(settings, listing.shared, listing.items, open_store("/nowhere")))
 
 
 def told(settings: ShardSettings) -> dict[str, str]:
@@ -292,9 +292,9 @@ def test_a_photo_that_cannot_be_read_is_one_refused_sample(
         return fetch(store, key)
 
     monkeypatch.setattr(FolderStore, "fetch", closed)  # root may read everything
-    outcomes_ = list(outcomes(settings, listing.place, listing.items, open_store("/nowhere")))
+    outcomes_ = list(outcomes(settings, listing.shared, listing.items, open_store("/nowhere")))
     assert [getattr(one, "reason", "") for one in outcomes_] == ["", "unreadable", "unreadable", ""]
-    assert len(list(SOURCES["llava"].made_of(settings, listing.place, listing.items))) == 4
+    assert len(list(SOURCES["llava"].made_of(settings, listing.shared, listing.items))) == 4
 
 
 @pytest.mark.parametrize("name", ["images.zip", "images.tar"])
