@@ -18,6 +18,7 @@ from components.contract import (
     Artifact,
     Component,
     Job,
+    Manifest,
     Settings,
     Workspace,
     open_store,
@@ -256,14 +257,26 @@ def _find_or_add(
     tags = {
         MODEL_DIGEST: model.digest,
         "artifact_uri": model.uri,
-        "dataset_digest": manifest.inputs.get("dataset", ""),
-        "config_digest": sha256_of(manifest.recipe),
+        "dataset_digest": dataset_digest(manifest),
+        "config_digest": sha256_of([manifest.recipe, manifest.external]),
         "code": manifest.code,
         "parent_version": champion.version if champion else "",
     }
     # A root may be used with another MLflow store than the one that saw the training.
     known = run_id if run_id is not None and registry.has_run(run_id) else None
     return registry.add(name, source, known, tags | _scores(evaluation))
+
+
+def dataset_digest(manifest: Manifest) -> str:
+    """Digest of all that the last training saw: the dataset's own, or, where others stood beside it, of all of them."""
+    first = manifest.inputs.get("dataset", "")
+    beside = {name: digest for name, digest in manifest.external.items() if name.startswith("extra ")}
+    if not beside:
+        return first
+    weights = [one.get("weight", 1.0) for one in manifest.recipe.get("extra", [])]
+    return sha256_of(
+        [first, sorted([digest, weight] for digest, weight in zip(beside.values(), weights, strict=False))]
+    )
 
 
 def _scores(evaluation: Artifact) -> dict[str, str]:

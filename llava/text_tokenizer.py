@@ -64,7 +64,7 @@ class TextTokenizer:
         normalizer, pre_tokenizer = _state(backend.normalizer), _state(backend.pre_tokenizer)
         begin = _plain(backend, normalizer, pre_tokenizer, kept.values())
         inside = _plain(backend, _unprefixed(normalizer), _unprefixed(pre_tokenizer), kept.values())
-        first_only = '"prepend_scheme": "first"' in json.dumps(pre_tokenizer)
+        first_only = _holds(pre_tokenizer, "prepend_scheme", "first")
         self._at = {
             Position.BEGIN: begin,
             Position.AFTER_SPECIAL: inside if first_only else begin,
@@ -170,6 +170,15 @@ def _plain(backend: Any, normalizer: Any, pre_tokenizer: Any, kept: Iterable[Any
 def _state(step: Any) -> Any:
     """A normalizer or pre-tokenizer as the JSON of `tokenizer.json`."""
     return None if step is None else json.loads(step.__getstate__())
+
+
+def _holds(state: Any, key: str, value: str) -> bool:
+    """Whether a step, or one inside it, has that setting."""
+    if isinstance(state, list):
+        return any(_holds(one, key, value) for one in state)
+    return isinstance(state, dict) and (
+        state.get(key) == value or any(_holds(one, key, value) for one in state.values())
+    )
 
 
 def _unprefixed(state: Any) -> Any:

@@ -134,7 +134,8 @@ def picture(things: Sequence[Thing], rng: random.Random) -> np.ndarray:
 def pixels(pictures: Sequence[np.ndarray]) -> Tensor:
     """What the image processor makes of pictures that have its size already: (batch, 3, 64, 64)."""
     stacked = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
-    return (stacked - MEAN[0]) / STD[0]
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
+    return (stacked - mean) / std
 
 
 def patch_places() -> list[int]:

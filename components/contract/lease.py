@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import random
 import socket
 import threading
 import time
@@ -26,6 +27,8 @@ from components.contract.store import Folder, StoreError
 from llava.errors import AlreadyRunning, LlavaError
 
 LEASE = "lease.json"
+_AFTER_A_RACE = 0.1
+"""Seconds, at most, that one who lost a race for the lease steps back."""
 TTL = 60.0
 _TRIES = 5
 
@@ -190,6 +193,7 @@ def acquire(
         if found is None:
             if folder.create(LEASE, _bytes(_mine(owner, 1, ttl))):
                 return Lease(folder, owner, 1, ttl)
+            _step_back(poll)
             continue
         record, version = found
         if record.free:
@@ -198,6 +202,7 @@ def acquire(
                 if say and not record.released:
                     say(f"taking over {folder.uri} from {record.who}")
                 return Lease(folder, owner, token, ttl)
+            _step_back(poll)
             continue
         if not wait:
             raise AlreadyRunning(
@@ -207,6 +212,11 @@ def acquire(
             say(f"waiting: {folder.uri} is being made by {record.who}")
             told = record.owner
         time.sleep(poll)
+
+
+def _step_back(poll: float) -> None:
+    """After a lost race: a moment of random length, so that racers do not meet again."""
+    time.sleep(random.uniform(0.5, 1.0) * min(poll, _AFTER_A_RACE))
 
 
 def holder(folder: Folder) -> LeaseRecord | None:

@@ -32,7 +32,7 @@ MODEL = "model"
 TRACE = "profile/trace.json.gz"
 HELDOUT_LOSS = "eval/heldout/loss"
 ASK, STOP = 1, 2
-"""Words of rank 0 to all: ask Ray whether a node is about to be taken away; save and leave."""
+"""Words (a bit each) of rank 0 to all: ask Ray whether a node is about to be taken away; save and leave."""
 _BETWEEN_ASKING, _BETWEEN_METRICS, _BETWEEN_SHOWING = 5.0, 5.0, 0.5
 
 
@@ -192,8 +192,8 @@ class Run:
             self._sender.tag({f"spike.step_{report.step}": told})
 
     def _asked_to_stop(self, word: int) -> bool:
-        if word != ASK:
-            return word == STOP
+        if word & STOP or not word & ASK:
+            return bool(word & STOP)
         from ray import train
 
         # A barrier: all ranks are here, because they all heard the word.

@@ -19,6 +19,9 @@ from llava.errors import LlavaError
 from llava.training.engine import Engine
 from llava.training.schedule import cosine_with_warmup
 
+BITS = 4
+"""Of a word that a rank says to the others."""
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -52,7 +55,7 @@ class StepReport:
     ids: list[str]
     """This rank's samples."""
     word: int
-    """What the ranks said to each other in this step: the sum of `say` over them."""
+    """What the ranks said to each other in this step: the bits that any of them said."""
 
 
 def train(
@@ -65,8 +68,9 @@ def train(
 ) -> int:
     """Run steps `first` to the end; returns the steps done.
 
-    `after_step` returns True to stop early, on all ranks alike. `say` is asked on every rank in every step; the
-    sum travels with the loss, so that a rank can tell the others something at no cost.
+    `after_step` returns True to stop early, on all ranks alike. `say` is asked on every rank in every step: a word of
+    up to `BITS` bits. How many ranks say each bit travels with the loss, so that a rank can tell the others something
+    at no cost, and no two words that meet become a third.
     """
     began = time.perf_counter()
     for done, step in enumerate(
@@ -75,16 +79,17 @@ def train(
         waited = time.perf_counter() - began
         rate = cosine_with_warmup(done - 1, schedule.steps, schedule.learning_rate, schedule.warmup_ratio)
         seed_step(schedule.seed, done, engine.rank)
-        total = torch.zeros(2, dtype=torch.float64, device=engine.device)
+        total = torch.zeros(1 + BITS, dtype=torch.float64, device=engine.device)
         for number, row in enumerate(step.rows, start=1):
             loss = engine.loss(row.to(engine.device))
             engine.backward(loss, step.supervised, last=number == len(step.rows))
             total[0] += loss.detach()
         norm = engine.step(rate)
-        total[1] = say()
+        said = say()
+        total[1:] = torch.tensor([said >> bit & 1 for bit in range(BITS)])
         if engine.world > 1:
             distributed.all_reduce(total)
-        loss_sum, word = total.tolist()
+        loss_sum, *saying = total.tolist()
         mean = loss_sum / step.supervised
         if not (math.isfinite(mean) and math.isfinite(norm)):
             named = "; ".join(
@@ -107,7 +112,7 @@ def train(
             seconds=now - began,
             data_wait=waited,
             ids=step.ids,
-            word=round(word),
+            word=sum(1 << bit for bit, ranks in enumerate(saying) if ranks),
         )
         if after_step(report):
             return done

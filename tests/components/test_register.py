@@ -14,13 +14,14 @@ from components.contract import (
     Artifact,
     Component,
     Job,
+    Manifest,
     Settings,
     Tracking,
     Workspace,
     open_store,
     run_component,
 )
-from components.register import Register, RegisterSettings, champion_model
+from components.register import Register, RegisterSettings, champion_model, dataset_digest
 from components.registry import Registry, model_folder, open_model, resolve
 from components.scoring.benchmarks import Files
 from components.scoring.outcomes import comparable, files_note
@@ -394,3 +395,16 @@ def test_questions_that_either_model_was_trained_on_are_left_out_of_both(bench: 
     base, new = comparable(first, second, ["vqa"])
     assert (base["vqa"].n, new["vqa"].n) == (188, 188)
     assert (sum(base["vqa"].values), sum(new["vqa"].values)) == (100, 108)
+
+
+def test_two_retrainings_that_differ_in_their_drops_have_other_digests() -> None:
+    first = Manifest(
+        component="finetune", version="2", digest="0" * 64, recipe={"extra": [{"weight": 1.0}]}, files=[], code="",
+        inputs={"dataset": "a" * 64}, external={"extra 0": "b" * 64},
+    )  # fmt: skip
+    other = first.model_copy(update={"external": {"extra 0": "c" * 64}})
+    weighed = first.model_copy(update={"recipe": {"extra": [{"weight": 0.2}]}})
+    alone = first.model_copy(update={"external": {}, "recipe": {"extra": []}})
+    found = [dataset_digest(one) for one in (first, other, weighed, alone)]
+    assert len(set(found)) == 4
+    assert found[3] == "a" * 64

@@ -16,7 +16,7 @@ from llava.conversation import Encoder
 from llava.errors import RefusedInput
 from llava.templates import TEMPLATES, chat_template, derive
 from tests.llava.test_conversation import LLAMA, QWEN, talk
-from tests.llava.test_conversation_any_text import ENCODERS, SLOT
+from tests.llava.test_text_tokenizer import ENCODERS, SLOT
 from tests.support.tiny_llava import tiny_llava
 from tests.support.tokenizer_kinds import tokenizer_of
 

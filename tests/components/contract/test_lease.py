@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -16,7 +17,7 @@ import pytest
 
 from components.contract import Guard, LeaseLost, acquire, holder, open_store
 from components.contract.lease import LEASE
-from components.contract.store import Store, StoreError
+from components.contract.store import FolderStore, Store, StoreError
 from llava.errors import AlreadyRunning
 
 HOLD = """
@@ -168,3 +169,34 @@ def test_damaged_lease_names_the_file(tmp_path: Path) -> None:
     folder.write(LEASE, b"{}")
     with pytest.raises(StoreError, match=r"lease\.json"):
         acquire(folder)
+
+
+class Busy(FolderStore):
+    """A folder in which somebody else is always a moment faster, and gone when one looks."""
+
+    tries = 0
+
+    def create(self, key: str, data: bytes) -> bool:
+        type(self).tries += 1
+        return False
+
+    def fetch(self, key: str) -> tuple[bytes, str] | None:
+        if self.tries > 200:
+            raise StoreError("200 tries")
+        return None
+
+
+def test_a_race_that_is_lost_again_and_again_is_not_run_without_a_pause(tmp_path: Path) -> None:
+    store = Busy(tmp_path)
+    began = time.monotonic()
+
+    def lose() -> None:
+        with contextlib.suppress(StoreError):
+            acquire(store, poll=0.2)
+
+    racer = threading.Thread(target=lose, daemon=True)
+    racer.start()
+    racer.join(1.0)
+    Busy.tries, tries = 1000, Busy.tries
+    racer.join(5)
+    assert tries <= 20 * (time.monotonic() - began), f"{tries} tries in a second"

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from llava.conversation import IGNORE, Encoder
 from llava.errors import RefusedInput
 from llava.templates import NAMES, split_lead, template
+from llava.text_tokenizer import _holds
 from tests.llava.test_conversation import talk
 from tests.support.tokenizer_kinds import KINDS, tokenizer_of
 
@@ -166,3 +167,10 @@ def test_a_very_long_answer_is_learned_whole_and_cut_once(kind: str) -> None:
     cut = encoder.encode(talk("<image>\nWhat is it?", text), 1)
     assert whole.supervised > 10_000
     assert (cut.ids, cut.labels) == (whole.ids[:500], whole.labels[:500])
+
+
+def test_a_setting_is_found_where_it_stands_and_not_in_a_text_that_tells_of_it() -> None:
+    told = {"type": "Split", "pattern": {"String": '"prepend_scheme": "first"'}}
+    inside = {"type": "Sequence", "pretokenizers": [told, {"type": "Metaspace", "prepend_scheme": "first"}]}
+    assert not _holds(told, "prepend_scheme", "first") and not _holds(None, "prepend_scheme", "first")
+    assert _holds(inside, "prepend_scheme", "first")
