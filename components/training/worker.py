@@ -13,7 +13,8 @@ from components.contract import StoreError
 from components.training.board import ProgressClient
 from components.training.data import HELD_OUT_INDEX, INDEX, open_all, source_of
 from components.training.deepspeed_engine import DeepSpeedEngine, prepare_environment
-from components.training.run import MODEL, Run
+from components.training.observers.base import RunState
+from components.training.run import MODEL, Run, observers_of
 from components.training.settings import TrainSettings
 from components.training.task import Task
 from components.training.utilisation import utilisation
@@ -52,16 +53,16 @@ def _work(task: Task) -> None:
     settings = task.settings
     with tempfile.TemporaryDirectory(prefix="llava-worker-") as scratch:
         setup = _Setup(task, Path(scratch))
-        run = Run(
-            task, setup.engine, setup.plan, Path(scratch), setup.identity, setup.utilisation, setup.heldout
-        )
+        state = RunState(task, setup.engine, setup.plan, Path(scratch), ProgressClient(task.progress_actor))
+        observers = observers_of(state, setup.identity, setup.utilisation, setup.heldout)
+        run = Run(state, setup.identity, observers)
         try:
             first = run.resume()
             schedule = Schedule(
                 setup.plan.steps, settings.learning_rate, settings.warmup_ratio, settings.seed
             )
-            train(setup.engine, setup.collator, schedule, first, run.after_step, run.say)
-            if not run.stopped:
+            train(setup.engine, setup.collator, schedule, first, run.after_step, run.word)
+            if not state.stopped:
                 run.finish(setup.source)
         finally:
             run.close()
