@@ -1,16 +1,21 @@
-# make train: the main job. make test: every check. make ui: look at what was trained. make drills: kill drills.
+# make train: the main job. make test: every check. make check: the fast ones. make ui: look at what was trained.
+# make drills: kill drills.
 PYTHON ?= python3
 BIN := .venv/bin
 EXTENSIONS := .venv/torch_extensions
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: train test ui drills lint clean
+.PHONY: train test check ui drills lint clean
 
 train: .venv/installed
 	$(BIN)/llava train tiny
 
 test: .venv/installed-test lint
 	$(BIN)/python -m pytest -m "not drill" -n 3 --dist loadfile --no-loadscope-reorder
+
+# The fast lane, for every change: lint, types, import contracts, and the tests that start no service.
+check: .venv/installed-test lint
+	$(BIN)/python -m pytest -m "not drill and not services and not slow" -n 2 --dist worksteal
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

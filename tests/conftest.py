@@ -50,11 +50,37 @@ LONGEST = (
 """Modules that run first, each in one process, so that no process is left alone with one of them at the end."""
 
 
+SERVICES = frozenset(
+    ("s3_server", "own_s3", "ray_local", "s3_env", "s3_root", "root", "mlflow_db", "mlflow_uri")
+)
+"""Fixtures that start something. (`mlflow_db` starts no server, but MLflow makes and migrates a database.)"""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first; else as collected (a loadfile run hands them out in this order)."""
+    """The longest first; else as collected (a loadfile run hands them out in this order).
+
+    What asks for a service is marked so, and left out of the fast lane (`make check`).
+    """
+    for item in items:
+        if SERVICES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.services)
     root = Path(__file__).parent
     places = {root / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+@pytest.fixture(autouse=True)
+def no_services(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that is not marked `services` starts neither Ray nor MLflow: the fast lane stays fast."""
+    if request.node.get_closest_marker("services") or request.node.get_closest_marker("drill"):
+        return
+
+    def started(*_: object, **__: object) -> None:
+        pytest.fail("this test starts Ray or MLflow: mark it with pytest.mark.services")
+
+    monkeypatch.setattr(ray, "init", started)
+    if "mlflow" in sys.modules:
+        monkeypatch.setattr("mlflow.MlflowClient.__init__", started)
 
 
 @dataclass(frozen=True)
