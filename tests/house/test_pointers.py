@@ -10,6 +10,7 @@ import tokenize
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import pytest
 
@@ -29,6 +30,8 @@ ELSEWHERE = {
     "benchmarks.NAME.WHAT": "a key of a manifest, for any benchmark",
 }
 """What no checkout has, and why it may be cited all the same."""
+PLACED = re.compile(r"`(\w+(?:\.\w+)*)`(?: in|,? \()\s*`([\w/]+\.py)`")
+"""`NAME` in `FILE`, and `NAME` (`FILE`)."""
 PROSE = (".md", ".yaml", ".yml", ".toml", ".sh")
 MADE_HERE = re.compile(r"^```\w+ (\S+)$", re.M)
 """A fence of docs/extending.md that names the file which the recipe makes."""
@@ -74,7 +77,7 @@ def is_there(path: PurePosixPath, named: str) -> bool:
     return any(one.as_posix().endswith(f"/{named}") for one in files())
 
 
-def pointers(pattern: re.Pattern[str]) -> Iterator[tuple[PurePosixPath, str]]:
+def pointers(pattern: re.Pattern[str]) -> Iterator[tuple[PurePosixPath, Any]]:
     """(who points, at what), in every text of the repository but this one, whose examples are none."""
     for path in files():
         for text in () if path.name == PurePosixPath(__file__).name else texts(path):
@@ -90,7 +93,8 @@ def made_by_recipes() -> set[str]:
 
 def test_every_file_and_folder_that_is_cited_is_in_the_repository() -> None:
     known = made_by_recipes() | set(ELSEWHERE)
-    found = [(path, named) for pattern in (FILE, FOLDER) for path, named in pointers(pattern)]
+    # NAME stands for a name that the reader chooses.
+    found = [one for pattern in (FILE, FOLDER) for one in pointers(pattern) if "NAME" not in one[1]]
     assert len(found) > 100
     assert not sorted(
         {f"{path}: {named}" for path, named in found if named not in known and not is_there(path, named)}
@@ -127,6 +131,21 @@ def test_every_module_and_name_that_is_cited_exists() -> None:
     assert found
     lost = [(path, named) for path, named in found if named not in ELSEWHERE and not leads_somewhere(named)]
     assert not sorted({f"{path}: {named}" for path, named in lost})
+
+
+def test_every_function_that_a_page_places_in_a_file_is_there() -> None:
+    placed = [one for path, one in pointers(PLACED) if path.suffix == ".md"]
+    assert len(placed) > 20
+    assert not sorted({f"{name} in {file}" for name, file in placed if not defines(REPOSITORY / file, name)})
+
+
+def defines(file: Path, name: str) -> bool:
+    """Whether the file has each part of `Class.method`."""
+    source = file.read_text()
+    return all(
+        re.search(rf"^ *(?:async )?(?:def|class) {part}\b|^ *{part}\b[^=\n]*[=:]", source, re.M)
+        for part in name.split(".")
+    )
 
 
 def test_what_is_excused_is_still_cited() -> None:
