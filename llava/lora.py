@@ -1,7 +1,8 @@
 """LoRA on the language model: thin matrices beside its linear layers, merged into them for the artifact.
 
-Source: arXiv 2106.09685; the recipe of LLaVA v1.5 (rank 128, alpha 256, all linear layers, its own rate for the
-projector) stands in llava.md, section 3. Needs `peft`, which nothing else does.
+Source: arXiv 2106.09685. The recipe for LLaVA v1.5 (rank 128, alpha 256, all linear layers, a rate of its own for
+the projector) is that of its authors' script, since the paper (arXiv 2310.03744) gives none; it stands in
+`workflows/presets/llava-v1.5-7b-lora.yaml`. Needs `peft`, which nothing else does.
 """
 
 from dataclasses import dataclass

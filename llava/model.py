@@ -4,6 +4,7 @@ Shapes: T tokens of a packed row, N images, P tokens per image, K supervised pos
 """
 
 import contextlib
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from llava.data.collate import PackedRow
 from llava.errors import RefusedInput
 from llava.pixels import Fit, Pixels, fitted
 from llava.templates import chat_template, check_name, is_chat
+from llava.towers import family_of
 
 PARTS = {
     "projector": "model.multi_modal_projector.",
@@ -41,10 +43,6 @@ _IDENTITY = "model.multi_modal_projector.linear_2."
 
 ABOUT = "llava.json"
 """What the stock folder has no place for: the template it was trained with."""
-
-
-CLS = {"clip_vision_model": 1, "siglip_vision_model": 0}
-"""Towers that can be read, and how many positions before the patches belong to no patch."""
 
 
 @dataclass(frozen=True)
@@ -126,14 +124,13 @@ def join(
 
 def _cls_positions(vision: PreTrainedModel, reading: Reading) -> int:
     """Positions before the patches; refuses a tower or a layer that cannot be read."""
-    family, layers = vision.config.model_type, vision.config.num_hidden_layers
-    if family not in CLS:
-        raise RefusedInput(f"vision tower of type {family!r}; known: {', '.join(CLS)}")
-    if reading.keep_cls and not CLS[family]:
-        raise RefusedInput(f"keep_cls: a tower of type {family!r} has no CLS position to keep")
+    kind, layers = vision.config.model_type, vision.config.num_hidden_layers
+    before = family_of(kind).before_patches
+    if reading.keep_cls and not before:
+        raise RefusedInput(f"keep_cls: a tower of type {kind!r} has no CLS position to keep")
     if not -layers - 1 <= reading.feature_layer <= layers:
         raise RefusedInput(f"feature_layer {reading.feature_layer}: the vision tower has {layers} layers")
-    return CLS[family]
+    return before
 
 
 @torch.no_grad()
@@ -255,10 +252,9 @@ def image_tokens(model_config: LlavaConfig) -> int:
 def features(config: LlavaConfig) -> int:
     """Features that the tower gives for one picture. Raises `RefusedInput` for a tower that is not known."""
     vision = config.vision_config
-    if vision.model_type not in CLS:
-        raise RefusedInput(f"vision tower of type {vision.model_type!r}; known: {', '.join(CLS)}")
+    before = family_of(vision.model_type).before_patches
     dropped = config.vision_feature_select_strategy == "default"
-    return (vision.image_size // vision.patch_size) ** 2 + CLS[vision.model_type] - dropped
+    return (vision.image_size // vision.patch_size) ** 2 + before - dropped
 
 
 def image_cost(model: LlavaForConditionalGeneration) -> float:
@@ -336,12 +332,8 @@ def hidden_states(tower: PreTrainedModel, pixel_values: torch.Tensor, last: int)
 
     The layers behind them, with CLIP one of 24, are not computed.
     """
-    states = [tower.embeddings(pixel_values)]
-    if hasattr(tower, "pre_layrnorm"):
-        states[0] = tower.pre_layrnorm(states[0])
-    for layer in tower.encoder.layers[:last]:
-        states.append(layer(states[-1], None))
-    return states
+    states = family_of(tower.config.model_type).states(tower, pixel_values)
+    return list(itertools.islice(states, last + 1))
 
 
 @contextlib.contextmanager

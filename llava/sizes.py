@@ -13,54 +13,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from llava.errors import RefusedInput
+from llava.towers import family_of
+from llava.towers.base import VisionSizes
+from llava.towers.clip import ClipSizes
 
 Projector = Literal["linear", "mlp2x_gelu"]
 Training = Literal["frozen", "full", "lora"]
-
-
-@dataclass(frozen=True)
-class VisionSizes:
-    """A CLIP or SigLIP vision tower."""
-
-    family: Literal["clip", "siglip"]
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    image: int
-    """Side of the picture in pixels."""
-    patch: int
-    """Side of a patch in pixels."""
-    head: bool = True
-    """SigLIP only: whether the tower ends in an attention pool, which LLaVA never reads."""
-
-    @property
-    def patches(self) -> int:
-        """Patches of one picture."""
-        return (self.image // self.patch) ** 2
-
-    @property
-    def positions(self) -> int:
-        """Positions inside the tower: the patches, and CLIP's CLS."""
-        return self.patches + (self.family == "clip")
-
-    @property
-    def layer_weights(self) -> int:
-        """Weights of one layer that multiply each position."""
-        return 4 * self.hidden**2 + 2 * self.hidden * self.intermediate
-
-    @property
-    def parameters(self) -> int:
-        """All of them, as transformers counts."""
-        d, f = self.hidden, self.intermediate
-        layer = self.layer_weights + 4 * d + f + d + 4 * d
-        patches = 3 * self.patch**2 * d
-        norm = 2 * d
-        if self.family == "clip":
-            # A CLS embedding, no bias of the patches; a norm before the layers and one after.
-            return self.layers * layer + patches + d + self.positions * d + 2 * norm
-        pool = d + (4 * d**2 + 4 * d) + norm + (2 * d * f + f + d) if self.head else 0
-        return self.layers * layer + patches + d + self.positions * d + norm + pool
 
 
 @dataclass(frozen=True)
@@ -228,8 +186,8 @@ def flops_per_token(sizes: Sizes, training: Training) -> int:
     return (6 if training == "full" else 4) * sizes.language.token_weights
 
 
-CLIP_L14 = VisionSizes("clip", 1024, 4096, 24, 16, 224, 14)
-CLIP_L14_336 = VisionSizes("clip", 1024, 4096, 24, 16, 336, 14)
+CLIP_L14 = ClipSizes(1024, 4096, 24, 16, 224, 14)
+CLIP_L14_336 = ClipSizes(1024, 4096, 24, 16, 336, 14)
 VICUNA_7B = LanguageSizes(4096, 11008, 32, 32, 32, 128, 32000)
 VICUNA_13B = LanguageSizes(5120, 13824, 40, 40, 40, 128, 32000)
 
@@ -247,26 +205,9 @@ _FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def vision_sizes(config: dict[str, Any]) -> VisionSizes:
-    """From the `config.json` of a CLIP or SigLIP tower; a whole CLIP's `vision_config` counts too."""
+    """From the `config.json` of a vision tower; a whole CLIP's `vision_config` counts too."""
     config = {**config, **config.get("vision_config", {})}
-    family = str(config.get("model_type", "")).split("_")[0]
-    if family not in ("clip", "siglip"):
-        raise RefusedInput(
-            f"vision tower of type {config.get('model_type')!r}: sizes are known of clip and siglip"
-        )
-    defaults = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
-    defaults |= {"num_attention_heads": 12, "image_size": 224, "patch_size": 32 if family == "clip" else 16}
-    found = {name: int(config.get(name, default)) for name, default in defaults.items()}
-    return VisionSizes(
-        "clip" if family == "clip" else "siglip",
-        found["hidden_size"],
-        found["intermediate_size"],
-        found["num_hidden_layers"],
-        found["num_attention_heads"],
-        found["image_size"],
-        found["patch_size"],
-        head=bool(config.get("vision_use_head", True)),
-    )
+    return family_of(config.get("model_type")).sizes.of(config)
 
 
 def language_sizes(config: dict[str, Any]) -> LanguageSizes:

@@ -83,7 +83,7 @@ TEMPLATES = {
         ),
     )
 }
-"""Rendered forms: llava.md, section 2; checked by hand in tests/llava/test_conversation.py."""
+"""Rendered forms: v1, table 2, and the authors' code; checked by hand in tests/llava/test_conversation.py."""
 
 NAMES = (*TEMPLATES, OWN)
 """Every name that a config may give."""

@@ -186,7 +186,7 @@ def ray_local(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> 
 def coco_folder() -> Path:
     """Real photos with captions and boxes, read in place."""
     if not PHOTOS.is_dir():
-        pytest.skip("real photos are not here: ../shared/data/coco")
+        pytest.skip("no real photos: tests/support/repository.py names the folder")
     return PHOTOS
 
 

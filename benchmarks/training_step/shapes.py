@@ -31,7 +31,8 @@ from llava.data.samples import VIEWS
 from llava.data.schema import write_rows
 from llava.model import set_trainable
 from llava.pixels import Pixels
-from llava.sizes import CLIP_L14_336, VICUNA_7B, LanguageSizes, Sizes, Training, VisionSizes
+from llava.sizes import CLIP_L14_336, VICUNA_7B, LanguageSizes, Sizes, Training
+from llava.towers.clip import ClipSizes
 
 MEDIAN, SPREAD, SHORTEST, LONGEST = 150, 0.7, 50, 600
 MAX_LENGTH = 2048
@@ -78,7 +79,7 @@ SHAPES = {
     # The towers that the tiny preset ships, with the vocabulary of a small tokenizer for real text.
     "tiny": Shape(
         Sizes(
-            VisionSizes("clip", 128, 512, 4, 4, 64, 16),
+            ClipSizes(128, 512, 4, 4, 64, 16),
             LanguageSizes(128, 256, 4, 4, 4, 32, 8192, tied=True),
         ),
         {1: Batch(64, 32, 2048), 2: Batch(32, 16, 2048)},
@@ -86,7 +87,7 @@ SHAPES = {
     # The proportions of 7B: the tower and the vocabulary take about 2 % of the operations each.
     "7b-like": Shape(
         Sizes(
-            VisionSizes("clip", 96, 384, 6, 3, 224, 14),
+            ClipSizes(96, 384, 6, 3, 224, 14),
             LanguageSizes(256, 688, 8, 4, 4, 64, 512),
         ),
         {1: Batch(32, 32, 4096), 2: Batch(16, 16, 4096)},

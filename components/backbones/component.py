@@ -15,6 +15,7 @@ from llava import sizes
 from llava.errors import RefusedInput
 from llava.pixels import Fit, fitted
 from llava.templates import NAMES
+from llava.towers import FAMILIES
 
 RECORD = "record.json"
 _PARTS = ("vision_tower", "multi_modal_projector", "language_model")
@@ -28,7 +29,9 @@ class BackbonesSettings(Settings):
     )
     retrain: bool = Field(False, description="tiny: train the towers anew instead of taking the shipped ones")
     vision: str | None = Field(
-        None, description="hub: CLIP or SigLIP as OWNER/NAME on the hub, or a folder as /PATH or ./PATH"
+        None,
+        description=f"hub: a vision tower ({', '.join(FAMILIES)}) as OWNER/NAME on the hub, or a folder as /PATH or "
+        "./PATH",
     )
     vision_revision: str | None = Field(None, description="Its commit on the hub, 40 hexadecimal digits")
     language: str | None = Field(None, description="hub: a causal language model, named like vision")

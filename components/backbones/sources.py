@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from components.contract.digest import fingerprint
 from llava.errors import LlavaError, RefusedInput
+from llava.towers import family_of
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w.-]+")
@@ -166,23 +167,13 @@ def _rewrite(pickled: Path, goal: Path) -> None:
 
 
 def load_vision(folder: Path, what: str) -> tuple[Any, Any]:
-    """The vision tower and its image processor; of a whole CLIP or SigLIP its vision half."""
-    from transformers import (
-        AutoImageProcessor,
-        CLIPVisionConfig,
-        CLIPVisionModel,
-        SiglipVisionConfig,
-        SiglipVisionModel,
-    )
+    """The vision tower and its image processor; of a model with a text half its vision half."""
+    from transformers import AutoImageProcessor
 
-    classes = {
-        "clip": (CLIPVisionConfig, CLIPVisionModel),
-        "siglip": (SiglipVisionConfig, SiglipVisionModel),
-    }
-    family = str(_config(folder).get("model_type", "")).removesuffix("_vision_model")
-    if family not in classes:
-        raise RefusedInput(f"{what}: vision tower of type {family!r}; known: {', '.join(classes)}")
-    config_class, model_class = classes[family]
+    try:
+        config_class, model_class = family_of(_config(folder).get("model_type")).classes()
+    except RefusedInput as error:
+        raise RefusedInput(f"{what}: {error}") from None
     config = config_class.from_pretrained(folder, local_files_only=True)
     tower = _load(model_class, folder, what, config=config)
     return tower, AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")

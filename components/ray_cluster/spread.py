@@ -1,6 +1,6 @@
 """One function over many pieces, a Ray task each: so many at once, tried again, results as they come.
 
-`spread` is for what is only counted or compared; what writes a dataset's files goes through `shard_tasks.py`.
+`spread` is for what is only counted or compared; a dataset's files are written through `components/datasets/tasks.py`.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ from typing import Any, NamedTuple
 import aiohttp
 from yarl import URL
 
-from components.shard.settings import DownloadSettings
+from components.shard.source_settings import DownloadSettings
 
 FIRST_PAUSE = 0.5
 NO_ANSWER = ("dns", "connect", "timeout")  # reasons that may lie with this machine's own network

@@ -2,141 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
-from components.contract.component import Settings, run_field
+from components.contract.component import run_field
 from components.contract.store import check_key
-from llava.data.images import Limits
+from components.shard.source_settings import SourceSettings
+from components.shard.sources import SOURCES
 from llava.data.schema import GroupSize
 from llava.errors import RefusedInput
 
-_READ = Limits()
-"""What whoever reads a dataset decodes."""
-
-_ONLY_FOR = {
-    "roots": ("coco", "llava"),
-    "files": ("webdataset", "parquet"),
-    "image_columns": ("parquet",),
-    "texts": ("parquet",),
-    "id_column": ("parquet",),
-    "allow_private": ("cc3m",),
-}
+if TYPE_CHECKING:
+    SourceName = str
+else:
+    SourceName = Literal[tuple(SOURCES)]
 
 
-class DownloadSettings(Settings):
-    """How pictures are fetched from the web; none of it changes what a picture is."""
-
-    at_once: int = run_field(64, ge=1, description="Downloads at once in one worker")
-    per_host: int = run_field(4, ge=1, description="Downloads at once from one host in one worker")
-    timeout: float = run_field(20.0, gt=0, description="Seconds that one try may take, redirects included")
-    tries: int = run_field(3, ge=1, description="Tries for what may pass: 408, 429, 5xx, no answer in time")
-    longest_pause: float = run_field(
-        60.0,
-        ge=0,
-        description="Seconds between two tries at most; a Retry-After that asks for more ends them",
-    )
-    redirects: int = run_field(5, ge=0, description="Redirects that are followed")
-    user_agent: str = run_field(
-        "llava-workflow (research data set download)",
-        description="What servers see; put an address in it under which you can be reached",
-    )
-
-
-class ShardSettings(Settings):
+class ShardSettings(SourceSettings):
     """Where the samples come from, what is let in, and how they are cut into files."""
 
-    source: Literal["shapes", "coco", "llava", "cc3m", "webdataset", "parquet"] = Field(
-        "shapes",
-        description="shapes: the tiny world, drawn here; coco: photos with COCO captions and boxes; "
-        "llava: the ecosystem's JSON of conversations with its photos; cc3m: a TSV of captions and URLs; "
-        "webdataset: tars of jpg + txt + json, or img2dataset's Parquet; parquet: Hugging Face datasets",
-    )
-    path: str | None = run_field(
-        None,
-        description="Data folder (or s3://bucket/prefix) of every source but shapes; its files are fingerprinted",
-    )
-    captions: str | None = Field(
-        None,
-        description="coco: captions file inside path; default annotations/captions.json or captions_*.json; "
-        "cc3m: the TSV inside path; default the only .tsv there",
-    )
-    instances: str | None = Field(
-        None, description="coco: boxes file inside path; default the instances file beside the captions file"
-    )
-    conversations: str | None = Field(
-        None,
-        description="llava: conversations file (.json or .jsonl) inside path; default the only one there",
-    )
-    images: str | None = Field(
-        None,
-        description="coco, llava: folder, .zip or .tar of the photos inside path; default images/, else COCO's "
-        "own (train2017/ for captions_train2017.json), else an archive of such a name, else path itself",
-    )
-    roots: tuple[str, ...] = run_field(
-        (),
-        description="llava, coco: more places of photos, looked at in this order after images: [PREFIX=]PLACE, a "
-        "folder, .zip, .tar or s3:// prefix, for the image paths that begin with PREFIX; fingerprinted",
-    )
-    files: str | None = Field(
-        None,
-        description="webdataset, parquet: pattern of the files inside path, such as data/train-*.parquet; "
-        "default all .tar, .parquet",
-    )
-    image_columns: tuple[str, ...] = Field(
-        (),
-        description="parquet: columns of the picture, or of lists of them; default the only one, or image and "
-        "more_images",
-    )
-    texts: tuple[str, ...] = Field(
-        (),
-        description="parquet: columns of captions (a text or a list of texts) or of conversations (turns of from "
-        "and value)",
-    )
-    id_column: str | None = Field(
-        None, description="parquet: column of the sample's name; default id, else the file's name and the row"
-    )
-    scenes: int = Field(4000, ge=1, description="shapes: how many scenes are drawn, both splits together")
-    seed: int = Field(0, description="Seed of the scenes (shapes) and of the held-out choice (the others)")
-    heldout: float = Field(
-        0.02,
-        ge=0,
-        lt=1,
-        description="Share of the photos that is held out, by a hash of the photo's name (coco, llava), URL (cc3m) "
-        "or bytes (webdataset, parquet); shapes hold out whole combinations instead",
+    source: SourceName = Field(
+        "shapes", description="; ".join(f"{name}: {source.about}" for name, source in SOURCES.items())
     )
     rows_per_shard: int = Field(1000, ge=1, description="Samples that one task and its files hold at most")
     rows_per_group: int = Field(256, ge=1, description="Rows of a Parquet row group at most")
     group_bytes: int = Field(2**27, ge=1, description="Image bytes of a Parquet row group at most")
-    min_pixels: int = Field(256, ge=1, description="Photos with fewer pixels (width x height) are refused")
-    max_pixels: int = Field(
-        _READ.max_pixels,
-        ge=1,
-        le=_READ.max_pixels,
-        description="Photos with more pixels are refused, unread; no more than training reads",
-    )
-    max_image_bytes: int = Field(
-        _READ.max_bytes,
-        ge=1,
-        le=_READ.max_bytes,
-        description="Photos whose file has more bytes are refused; no more than training reads",
-    )
-    max_text: int = Field(
-        32_768,
-        ge=1,
-        description="Characters of one text at most; a longer caption is left out, a turn refused",
-    )
-    resize: int | None = Field(
-        None,
-        ge=1,
-        description="Short side in px to which larger photos are shrunk (JPEG, quality 90: lossy); default: "
-        "every photo keeps its bytes",
-    )
-    allow_private: bool = Field(
-        False, description="cc3m: also fetch from loopback, private and link-local addresses"
-    )
-    download: DownloadSettings = Field(DownloadSettings(), description="cc3m: how pictures are fetched")
     max_bad: float = run_field(
         0.05,
         ge=0,
@@ -153,10 +44,6 @@ class ShardSettings(Settings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.source == "shapes" and self.path is not None:
-            raise ValueError("path is for source=coco and the like; shapes are drawn, not read")
-        if self.source != "shapes" and self.path is None:
-            raise ValueError(f"source={self.source} needs path, the folder that holds the data")
         if self.min_pixels > self.max_pixels:
             raise ValueError(
                 f"min_pixels={self.min_pixels} is over max_pixels={self.max_pixels}: nothing fits"
@@ -168,19 +55,19 @@ class ShardSettings(Settings):
                     check_key(value.rstrip("/"))
                 except RefusedInput:
                     raise ValueError(f"{name}={value!r} must be a relative path inside path") from None
-        for name, sources in _ONLY_FOR.items():
-            if getattr(self, name) != type(self).model_fields[name].default and self.source not in sources:
-                raise ValueError(f"{name} is for source={' and source='.join(sources)}, not {self.source}")
-        if self.source == "parquet" and not self.texts:
-            raise ValueError(
-                "source=parquet needs texts, the columns that hold the captions or conversations"
-            )
         return self
 
-    @property
-    def limits(self) -> Limits:
-        """What a photo may have."""
-        return Limits(self.max_image_bytes, self.min_pixels, self.max_pixels)
+    @model_validator(mode="after")
+    def _fits_the_source(self) -> Self:
+        source = SOURCES[self.source]
+        for name, what in source.needs.items():
+            if not getattr(self, name):
+                raise ValueError(f"source={self.source} needs {name}, {what}")
+        for name in sorted({name for one in SOURCES.values() for name in one.own} - source.own):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                takers = " and source=".join(other for other, one in SOURCES.items() if name in one.own)
+                raise ValueError(f"{name} is for source={takers}, not {self.source}")
+        return self
 
     @property
     def group(self) -> GroupSize:

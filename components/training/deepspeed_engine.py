@@ -2,7 +2,7 @@
 
 DeepSpeed averages gradients over the ranks, so a local sum is scaled by `world / supervised`. Its own
 checkpoints are pickles that need the same world size; the state is read and set through its public
-per-parameter accessors instead (design.md, "Training").
+per-parameter accessors instead (docs/how-it-works.md, "Training").
 """
 
 import os

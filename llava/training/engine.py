@@ -51,7 +51,7 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class AdamW:
-    """The optimizer of both papers (llava.md, section 3)."""
+    """The optimizer of both papers (v1.5, table 9: AdamW without weight decay)."""
 
     weight_decay: float = 0.0
     beta1: float = 0.9

@@ -1,4 +1,4 @@
-"""The learning rate over the steps: linear warm-up, then a cosine to zero (llava.md, section 3)."""
+"""The learning rate over the steps: linear warm-up, then a cosine to zero (v1.5, table 9)."""
 
 import math
 

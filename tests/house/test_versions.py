@@ -28,7 +28,7 @@ def tree(tmp_path: Path) -> Path:
     """A copy of the code and of the record, to be changed."""
     for name in (*versions.PACKAGES, "tests/house"):
         shutil.copytree(
-            REPOSITORY / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "towers")
+            REPOSITORY / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors")
         )
     return tmp_path
 

@@ -1,24 +1,21 @@
 """The tower's hidden states, computed as far as they are read."""
 
-from typing import Any
-
 import pytest
 import torch
-from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+from torch import nn
 
 from llava.model import hidden_states
+from tests.llava.test_model import TOWERS
 
 
-@pytest.mark.parametrize(
-    ("config", "kind"), [(CLIPVisionConfig, CLIPVisionModel), (SiglipVisionConfig, SiglipVisionModel)]
-)
-def test_they_are_the_stock_towers_bit_for_bit_and_no_layer_more(config: Any, kind: Any) -> None:
+@pytest.mark.parametrize("family", TOWERS)
+def test_they_are_the_stock_towers_bit_for_bit_and_no_layer_more(family: str) -> None:
     torch.manual_seed(0)
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
-    tower = kind(config(**small, image_size=32, patch_size=8)).eval()
-    pictures = torch.randn(2, 3, 32, 32)
+    tower = TOWERS[family]()[0].eval()
+    pictures = torch.randn(2, 3, tower.config.image_size, tower.config.image_size)
+    (layers,) = (part for part in tower.encoder.modules() if isinstance(part, nn.ModuleList))
     ran = []
-    for number, layer in enumerate(tower.encoder.layers):
+    for number, layer in enumerate(layers):
         layer.register_forward_hook(lambda *_, number=number: ran.append(number))
     with torch.no_grad():
         found = hidden_states(tower, pictures, 2)

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from components.contract.store import Store
-from components.shard.settings import ShardSettings
+from components.shard.source_settings import SourceSettings
 from components.shard.sources import cc3m, coco, llava, parquet, shapes, webdataset
 from components.shard.sources.base import DataSource, Outcome
 from components.shard.sources.texts import checked
@@ -19,7 +19,7 @@ SOURCES: dict[str, DataSource] = {
 }
 
 
-def outcomes(settings: ShardSettings, shared: Any, items: Sequence[Any], kept: Store) -> Iterator[Outcome]:
+def outcomes(settings: SourceSettings, shared: Any, items: Sequence[Any], kept: Store) -> Iterator[Outcome]:
     """One outcome for each sample of the items: a row whose texts can be kept, or why there is none."""
     for outcome in SOURCES[settings.source].rows(settings, shared, items, kept):
         yield checked(settings, outcome)

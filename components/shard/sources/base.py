@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ import numpy as np
 
 from components.contract.digest import fingerprint
 from components.contract.store import Store, open_store
-from components.shard.settings import ShardSettings
+from components.shard.source_settings import SourceSettings
 from llava.data.schema import Row
 from llava.errors import LlavaError, RefusedInput
 
@@ -37,7 +37,7 @@ class RefusedSample(LlavaError):
 class Listing:
     """The samples of a source in a fixed order, without their pixels; slices of `items` go to the tasks.
 
-    `items` may be a lazy sequence (see `pieces.py`). `shared`: what all samples share. `counts`: what the list
+    `items` may be a lazy sequence (see `record_index.py`). `shared`: what all samples share. `counts`: what the list
     itself left out (boxes of crowds, say). `sizes`: how many samples each item holds, where an item is a file or
     a part of one; None: one each. `exact`: False where `sizes` is an estimate. `marks`: (n,) uint64, a hash of each
     item's name, or `NEVER` where no shard may begin; None where items are only ever added at the end.
@@ -79,31 +79,42 @@ class Loaded(NamedTuple):
 
 
 Outcome = Loaded | RefusedSample
-Load = Callable[[ShardSettings, Any, Any], Loaded]
+Load = Callable[[SourceSettings, Any, Any], Loaded]
 
 
 @dataclass(frozen=True)
 class DataSource:
-    """Five functions.
+    """Five functions, and what the settings ask about a source.
 
     `external` gives fingerprints; `check` raises RefusedInput, cheaply, where the data's files are not found;
-    `listing` lists the samples; `rows(settings, place, items, kept)` gives one outcome for each sample of the
+    `listing` lists the samples; `rows(settings, shared, items, kept)` gives one outcome for each sample of the
     items, in their order. `kept` is a store that outlives a crash of the task, for what is costly to fetch again.
-    `made_of(settings, place, items)` gives what these rows come from: names, texts, versions of photos. Items that
-    give the same again are not read again (`shard_tasks.py`).
+    `made_of(settings, shared, items)` gives what these rows come from: names, texts, versions of photos. Items that
+    give the same again are not read again (`components/datasets/reuse.py`).
     """
 
-    external: Callable[[ShardSettings], dict[str, str]]
-    check: Callable[[ShardSettings], Any]
-    listing: Callable[[ShardSettings], Listing]
-    rows: Callable[[ShardSettings, Any, Sequence[Any], Store], Iterator[Outcome]]
-    made_of: Callable[[ShardSettings, Any, Sequence[Any]], Iterable[object]]
+    external: Callable[[SourceSettings], dict[str, str]]
+    check: Callable[[SourceSettings], Any]
+    listing: Callable[[SourceSettings], Listing]
+    rows: Callable[[SourceSettings, Any, Sequence[Any], Store], Iterator[Outcome]]
+    made_of: Callable[[SourceSettings, Any, Sequence[Any]], Iterable[object]]
+    about: str
+    """What it reads, in a few words: the help of `shard.source`."""
+    needs: Mapping[str, str] = field(default_factory=lambda: {"path": "the folder that holds the data"})
+    """Settings that must be given, and what each is."""
+    takes: tuple[str, ...] = ()
+    """Settings that may be given for some sources only, this one among them."""
+
+    @property
+    def own(self) -> set[str]:
+        """Settings that are refused where neither this source nor another one that has them is chosen."""
+        return {*self.needs, *self.takes}
 
 
-def each(load: Load) -> Callable[[ShardSettings, Any, Sequence[Any], Store], Iterator[Outcome]]:
+def each(load: Load) -> Callable[[SourceSettings, Any, Sequence[Any], Store], Iterator[Outcome]]:
     """The `rows` of a source whose items are its samples: `load` gives one or raises RefusedSample."""
 
-    def rows(settings: ShardSettings, shared: Any, items: Sequence[Any], kept: Store) -> Iterator[Outcome]:
+    def rows(settings: SourceSettings, shared: Any, items: Sequence[Any], kept: Store) -> Iterator[Outcome]:
         return ahead(lambda item: load(settings, shared, item), items)
 
     return rows
@@ -134,7 +145,7 @@ def mark(name: str) -> int:
     return min(int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little"), int(NEVER) - 1)
 
 
-def open_data(settings: ShardSettings) -> Store:
+def open_data(settings: SourceSettings) -> Store:
     """The data folder; RefusedInput where nothing lies there."""
     assert settings.path is not None
     store = open_store(settings.path)
@@ -144,7 +155,7 @@ def open_data(settings: ShardSettings) -> Store:
     return store
 
 
-def files_of(settings: ShardSettings) -> dict[str, str]:
+def files_of(settings: SourceSettings) -> dict[str, str]:
     """The fingerprint of the data folder."""
     return {settings.source: fingerprint(open_data(settings).uri)}
 
@@ -164,13 +175,13 @@ def one_file(store: Store, setting: str, named: str | None, *suffixes: str) -> s
     return named
 
 
-def split_by_hash(settings: ShardSettings, name: str) -> str:
+def split_by_hash(settings: SourceSettings, name: str) -> str:
     """The split of a photo, from its name and the seed alone: more data later never moves it."""
     digest = hashlib.sha256(f"{settings.seed}:{name}".encode(errors="surrogatepass")).digest()
     return "heldout" if int.from_bytes(digest[:8], "big") / 2**64 < settings.heldout else "train"
 
 
-def split_by_bytes(settings: ShardSettings, data: bytes) -> str:
+def split_by_bytes(settings: SourceSettings, data: bytes) -> str:
     """The split of a photo whose name says nothing: from its bytes and the seed."""
     return split_by_hash(settings, hashlib.sha256(data).hexdigest())
 

@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from components.contract.store import Store, StoreError
 from components.shard.download import NO_ANSWER, Downloader, Fetched, host_of
-from components.shard.settings import ShardSettings
+from components.shard.source_settings import SourceSettings
 from components.shard.sources.base import (
     DataSource,
     Listing,
@@ -57,20 +57,20 @@ class Link(NamedTuple):
     url: str
 
 
-def check(settings: ShardSettings) -> tuple[Store, str]:
+def check(settings: SourceSettings) -> tuple[Store, str]:
     """The data folder and the TSV in it; RefusedInput where there is none, or several."""
     store = open_data(settings)
     return store, one_file(store, "captions", settings.captions, ".tsv")
 
 
-def listing(settings: ShardSettings) -> Listing:
+def listing(settings: SourceSettings) -> Listing:
     """The lines, unread: the tasks read theirs."""
     file = File.at(*check(settings))
     return Listing(lines(file), file)
 
 
 def rows(
-    settings: ShardSettings, shared: File, items: Sequence[tuple[int, bytes]], kept: Store
+    settings: SourceSettings, shared: File, items: Sequence[tuple[int, bytes]], kept: Store
 ) -> Iterator[Outcome]:
     """Fetch what is not kept yet, then give the rows in the order of the lines."""
     links = [_link(number, line) for number, line in items]
@@ -93,7 +93,7 @@ def _link(number: int, line: bytes) -> Link | RefusedSample:
     return Link(name, plain(parts[0]), parts[1].strip())
 
 
-def _load(settings: ShardSettings, link: Link, fetched: Fetched) -> Loaded:
+def _load(settings: SourceSettings, link: Link, fetched: Fetched) -> Loaded:
     if fetched.data is None:
         raise RefusedSample(link.name, fetched.reason, f"{link.url}: {fetched.detail or fetched.reason}")
     if not link.caption:
@@ -109,7 +109,7 @@ def _load(settings: ShardSettings, link: Link, fetched: Fetched) -> Loaded:
     return Loaded(split_by_hash(settings, link.url), row, resized(photo))
 
 
-async def _fetch(settings: ShardSettings, file: File, urls: list[str], kept: Kept) -> None:
+async def _fetch(settings: SourceSettings, file: File, urls: list[str], kept: Kept) -> None:
     """Everything at once, as far as the limits allow; StoreError where nobody in the world answers."""
     wanted = [url for url in dict.fromkeys(urls) if url not in kept]
     if not wanted:
@@ -258,9 +258,17 @@ def _encodable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def made_of(settings: ShardSettings, shared: File, items: Sequence[tuple[int, bytes]]) -> Iterable[object]:
+def made_of(settings: SourceSettings, shared: File, items: Sequence[tuple[int, bytes]]) -> Iterable[object]:
     """The lines and their numbers: what was fetched for a line once is not fetched again."""
     return items
 
 
-SOURCE = DataSource(files_of, check, listing, rows, made_of)
+SOURCE = DataSource(
+    files_of,
+    check,
+    listing,
+    rows,
+    made_of,
+    about="a TSV of captions and URLs",
+    takes=("allow_private",),
+)

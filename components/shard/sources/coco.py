@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from components.contract.store import Store
-from components.shard.settings import ShardSettings
+from components.shard.source_settings import SourceSettings
 from components.shard.sources.base import (
     DataSource,
     Listing,
@@ -56,7 +56,7 @@ class Files(NamedTuple):
     instances: str | None
 
 
-def locate(settings: ShardSettings) -> Files:
+def locate(settings: SourceSettings) -> Files:
     """Find the two files; RefusedInput that names the setting where that is not possible."""
     store = open_data(settings)
     captions = settings.captions
@@ -82,7 +82,7 @@ def locate(settings: ShardSettings) -> Files:
     return Files(store, captions, instances)
 
 
-def listing(settings: ShardSettings) -> Listing:
+def listing(settings: SourceSettings) -> Listing:
     """Every photo of the captions file, in the file's order: what is added to it later stands at its end."""
     store, captions, instances = locate(settings)
     counts: Counter[str] = Counter()
@@ -97,7 +97,7 @@ def listing(settings: ShardSettings) -> Listing:
     return Listing(list(listed.values()), places, dict(counts), marks=marks)
 
 
-def load(settings: ShardSettings, photos: Photos, photo: Photo) -> Loaded:
+def load(settings: SourceSettings, photos: Photos, photo: Photo) -> Loaded:
     """Read the photo and give its row; one without a caption has nothing to learn from."""
     if not photo.captions:
         raise RefusedSample(photo.name, "no-caption", f"{photo.file} has no caption")
@@ -187,9 +187,17 @@ def _entries_of(store: Store, key: str) -> Iterator[None]:
         raise RefusedInput(f"{store.uri}/{key} is no COCO file: {what}") from error
 
 
-def made_of(settings: ShardSettings, photos: Photos, items: Sequence[Photo]) -> Iterator[object]:
+def made_of(settings: SourceSettings, photos: Photos, items: Sequence[Photo]) -> Iterator[object]:
     """What the two files say of each photo, and the version of its file."""
     return zip(items, photos.versions([photo.file for photo in items]), strict=True)
 
 
-SOURCE = DataSource(external_with_roots, locate, listing, each(load), made_of)
+SOURCE = DataSource(
+    external_with_roots,
+    locate,
+    listing,
+    each(load),
+    made_of,
+    about="photos with COCO captions and boxes",
+    takes=("roots",),
+)

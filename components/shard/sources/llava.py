@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from components.contract.store import Store
-from components.shard.settings import ShardSettings
+from components.shard.source_settings import SourceSettings
 from components.shard.sources.base import (
     NEVER,
     DataSource,
@@ -39,7 +39,7 @@ SLOT = "<image>"
 ROLES = ("human", "gpt")
 
 
-def listing(settings: ShardSettings) -> Listing:
+def listing(settings: SourceSettings) -> Listing:
     """The records, each with its number; in the order of the file, but those of one photo behind its first."""
     file = File.at(*locate(settings))
     records, images = _json_lines(file) if file.key.endswith(".jsonl") else _json_list(file)
@@ -47,13 +47,13 @@ def listing(settings: ShardSettings) -> Listing:
     return Listing(chosen, find_photos(settings), marks=marks)
 
 
-def locate(settings: ShardSettings) -> tuple[Store, str]:
+def locate(settings: SourceSettings) -> tuple[Store, str]:
     """The data folder and the conversations file in it; RefusedInput where there is none, or several."""
     store = open_data(settings)
     return store, one_file(store, "conversations", settings.conversations, ".json", ".jsonl")
 
 
-def load(settings: ShardSettings, photos: Photos, item: tuple[int, bytes]) -> Loaded:
+def load(settings: SourceSettings, photos: Photos, item: tuple[int, bytes]) -> Loaded:
     """Check the record, read its photos and give its row. All records of one (first) photo fall into one split."""
     number, data = item
     try:
@@ -163,7 +163,7 @@ def _together(records: RecordIndex, images: list[str | None]) -> tuple[RecordInd
     return RecordIndex(records.file, *parts), marks[chosen]
 
 
-def made_of(settings: ShardSettings, photos: Photos, items: Sequence[tuple[int, bytes]]) -> Iterator[object]:
+def made_of(settings: SourceSettings, photos: Photos, items: Sequence[tuple[int, bytes]]) -> Iterator[object]:
     """The records, with their numbers where they have no name, and the versions of their photos' files."""
     records, paths, counts = [], [], []
     for number, data in items:
@@ -190,4 +190,12 @@ def _name_and_images(data: bytes) -> tuple[str | None, list[str]]:
     return None if name is None else str(name), [path for path in paths if isinstance(path, str)]
 
 
-SOURCE = DataSource(external_with_roots, locate, listing, each(load), made_of)
+SOURCE = DataSource(
+    external_with_roots,
+    locate,
+    listing,
+    each(load),
+    made_of,
+    about="the ecosystem's JSON of conversations with its photos",
+    takes=("roots",),
+)

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from components.contract.store import Store
-from components.shard.settings import ShardSettings
+from components.shard.source_settings import SourceSettings
 from components.shard.sources.base import (
     DataSource,
     Listing,
@@ -74,7 +74,7 @@ class Group(NamedTuple):
     first: int
 
 
-def check(settings: ShardSettings) -> Columns:
+def check(settings: SourceSettings) -> Columns:
     """The columns of the first file; RefusedInput where one is missing or of no use."""
     store = open_data(settings)
     keys = keys_of(store, settings, ".parquet")
@@ -82,7 +82,7 @@ def check(settings: ShardSettings) -> Columns:
         return columns_of(settings, file.schema_arrow, f"{store.uri}/{keys[0]}")
 
 
-def listing(settings: ShardSettings) -> Listing:
+def listing(settings: SourceSettings) -> Listing:
     """The row groups of all files, in the order of their names."""
     store = open_data(settings)
     return list_groups(store, keys_of(store, settings, ".parquet"), check(settings))
@@ -110,7 +110,7 @@ def list_groups(store: Store, keys: list[str], columns: Columns) -> Listing:
 
 
 def rows(
-    settings: ShardSettings, shared: tuple[Store, Columns], items: Sequence[Group], kept: Store
+    settings: SourceSettings, shared: tuple[Store, Columns], items: Sequence[Group], kept: Store
 ) -> Iterator[Outcome]:
     """The rows of the row groups, in their order."""
     store, columns = shared
@@ -125,7 +125,7 @@ def rows(
                 number += batch.num_rows
 
 
-def keys_of(store: Store, settings: ShardSettings, suffix: str) -> list[str]:
+def keys_of(store: Store, settings: SourceSettings, suffix: str) -> list[str]:
     """The files that `shard.files` chooses, else all with the suffix; RefusedInput where there are none."""
     pattern = settings.files or f"*{suffix}"
     keys = [entry.key for entry in store.list() if fnmatch(entry.key, pattern)]
@@ -134,7 +134,7 @@ def keys_of(store: Store, settings: ShardSettings, suffix: str) -> list[str]:
     return keys
 
 
-def columns_of(settings: ShardSettings, schema: pa.Schema, where: str) -> Columns:
+def columns_of(settings: SourceSettings, schema: pa.Schema, where: str) -> Columns:
     """Which column is what; RefusedInput names the setting that can tell."""
     own_id = () if settings.id_column is None else (settings.id_column,)
     wanted = {"image_columns": settings.image_columns, "texts": settings.texts, "id_column": own_id}
@@ -166,7 +166,7 @@ def columns_of(settings: ShardSettings, schema: pa.Schema, where: str) -> Column
     return Columns(images, tuple(captions), conversations[0] if conversations else None, id_column)
 
 
-def _load(settings: ShardSettings, columns: Columns, name: str, cells: dict[str, Any] | None) -> Loaded:
+def _load(settings: SourceSettings, columns: Columns, name: str, cells: dict[str, Any] | None) -> Loaded:
     if cells is None:
         raise RefusedSample(name, "text-not-unicode", "a text of the row is no UTF-8")
     pictures = [one for column in columns.images for one in _pictures(name, cells[column])]
@@ -289,7 +289,7 @@ def opened(store: Store, key: str) -> Iterator[pq.ParquetFile]:
 
 
 def made_of(
-    settings: ShardSettings, shared: tuple[Store, Columns], items: Sequence[Group]
+    settings: SourceSettings, shared: tuple[Store, Columns], items: Sequence[Group]
 ) -> Iterator[object]:
     """The row groups with the versions of their files, and the columns that are read."""
     store, columns = shared
@@ -299,4 +299,16 @@ def made_of(
         yield group, versions[group.key]
 
 
-SOURCE = DataSource(files_of, check, listing, rows, made_of)
+SOURCE = DataSource(
+    files_of,
+    check,
+    listing,
+    rows,
+    made_of,
+    about="Hugging Face datasets",
+    needs={
+        "path": "the folder that holds the data",
+        "texts": "the columns that hold the captions or conversations",
+    },
+    takes=("files", "image_columns", "id_column"),
+)

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 
 from components.contract.digest import fingerprint
 from components.contract.store import Store, check_key, open_store
-from components.shard.settings import ShardSettings
+from components.shard.source_settings import SourceSettings
 from components.shard.sources.archives import SUFFIXES, Archive
 from components.shard.sources.base import RefusedSample, files_of, open_data
 from components.shard.sources.record_index import File
@@ -80,7 +80,7 @@ class Photos(NamedTuple):
     roots: tuple[tuple[str, Root], ...]
     where: str
 
-    def read(self, settings: ShardSettings, name: str, path: str) -> bytes:
+    def read(self, settings: SourceSettings, name: str, path: str) -> bytes:
         """The bytes of sample `name`'s photo `path`; RefusedSample."""
         if not _is_inside(path):
             text = f"image path {path!r} is not a relative path inside the data folder"
@@ -123,7 +123,7 @@ class Photo(NamedTuple):
     scale: float
 
 
-def external_with_roots(settings: ShardSettings) -> dict[str, str]:
+def external_with_roots(settings: SourceSettings) -> dict[str, str]:
     """The fingerprints of the data folder and of every further place of photos."""
     found = files_of(settings)
     for number, root in enumerate(settings.roots):
@@ -132,7 +132,7 @@ def external_with_roots(settings: ShardSettings) -> dict[str, str]:
     return found
 
 
-def find_photos(settings: ShardSettings, *also: str) -> Photos:
+def find_photos(settings: SourceSettings, *also: str) -> Photos:
     """The places of the photos: the setting, or the first that exists of images/ and `also`; then the roots.
 
     RefusedInput where the setting or a root names nothing.
@@ -146,7 +146,7 @@ def find_photos(settings: ShardSettings, *also: str) -> Photos:
     return Photos(tuple(roots), " or ".join([store.uri, *(_split(root)[1] for root in settings.roots)]))
 
 
-def admit(settings: ShardSettings, name: str, file: str, data: bytes) -> Photo:
+def admit(settings: SourceSettings, name: str, file: str, data: bytes) -> Photo:
     """Decode the photo, to prove it whole, and shrink it where the settings say so. RefusedSample."""
     try:
         size = read_size(data, settings.limits)
@@ -162,7 +162,7 @@ def admit(settings: ShardSettings, name: str, file: str, data: bytes) -> Photo:
     return Photo(image, shrunk, shrunk.width / size.width)
 
 
-def read_photo(settings: ShardSettings, photos: Photos, name: str, path: str) -> Photo:
+def read_photo(settings: SourceSettings, photos: Photos, name: str, path: str) -> Photo:
     """The photo `path` of sample `name`. RefusedSample."""
     return admit(settings, name, path, photos.read(settings, name, path))
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from components import tiny_world
-from components.shard.settings import ShardSettings
+from components.shard.source_settings import SourceSettings
 from components.shard.sources.base import DataSource, Listing, Loaded, each
 from llava.data.schema import Row
 
 
-def listing(settings: ShardSettings) -> Listing:
+def listing(settings: SourceSettings) -> Listing:
     """The numbers of the scenes."""
     return Listing(range(settings.scenes))
 
 
-def load(settings: ShardSettings, shared: None, item: int) -> Loaded:
+def load(settings: SourceSettings, shared: None, item: int) -> Loaded:
     """Draw scene `item`; the scene itself says which split it belongs to."""
     scene = tiny_world.scene(settings.seed, item)
     row: Row = {
@@ -29,18 +29,20 @@ def load(settings: ShardSettings, shared: None, item: int) -> Loaded:
     return Loaded(scene.split, row)
 
 
-def external(settings: ShardSettings) -> dict[str, str]:
+def external(settings: SourceSettings) -> dict[str, str]:
     """Nothing enters from outside: the settings say it all."""
     return {}
 
 
-def check(settings: ShardSettings) -> None:
+def check(settings: SourceSettings) -> None:
     """Nothing can be missing."""
 
 
-def made_of(settings: ShardSettings, shared: None, items: Sequence[int]) -> Iterable[object]:
+def made_of(settings: SourceSettings, shared: None, items: Sequence[int]) -> Iterable[object]:
     """The numbers; the settings say what is drawn."""
     return items
 
 
-SOURCE = DataSource(external, check, listing, each(load), made_of)
+SOURCE = DataSource(
+    external, check, listing, each(load), made_of, about="the tiny world, drawn here", needs={}
+)

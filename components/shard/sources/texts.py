@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from components.shard.settings import ShardSettings
+from components.shard.source_settings import SourceSettings
 from components.shard.sources.base import Loaded, Outcome, RefusedSample
 from llava.data.schema import Row
 
@@ -33,7 +33,7 @@ def fault_of(text: str, longest: int) -> str | None:
     return None
 
 
-def checked(settings: ShardSettings, outcome: Outcome) -> Outcome:
+def checked(settings: SourceSettings, outcome: Outcome) -> Outcome:
     """The outcome without texts that cannot be kept; a refused sample where nothing to learn from is left."""
     if isinstance(outcome, RefusedSample):
         return outcome

@@ -22,7 +22,7 @@ from typing import IO, Any, NamedTuple, cast
 import numpy as np
 
 from components.contract.store import Store
-from components.shard.settings import ShardSettings
+from components.shard.source_settings import SourceSettings
 from components.shard.sources import parquet
 from components.shard.sources.archives import CarefulTarInfo, Stream
 from components.shard.sources.base import (
@@ -59,7 +59,7 @@ class Raw(NamedTuple):
     fault: tuple[str, str] | None = None
 
 
-def check(settings: ShardSettings) -> parquet.Columns | None:
+def check(settings: SourceSettings) -> parquet.Columns | None:
     """None for tars, else the Parquet files' columns; RefusedInput where there is neither."""
     store = open_data(settings)
     if _tars(store, settings):
@@ -68,7 +68,7 @@ def check(settings: ShardSettings) -> parquet.Columns | None:
     return _columns(store, keys)
 
 
-def listing(settings: ShardSettings) -> Listing:
+def listing(settings: SourceSettings) -> Listing:
     """The tars with a guess of how many samples each holds; or the row groups of the Parquet files."""
     store = open_data(settings)
     if keys := _tars(store, settings):
@@ -83,7 +83,7 @@ def listing(settings: ShardSettings) -> Listing:
 
 
 def rows(
-    settings: ShardSettings, shared: tuple[Store, parquet.Columns] | None, items: Sequence[Any], kept: Store
+    settings: SourceSettings, shared: tuple[Store, parquet.Columns] | None, items: Sequence[Any], kept: Store
 ) -> Iterator[Outcome]:
     """The samples of the tars, in their order."""
     if shared is not None:
@@ -136,7 +136,7 @@ def _with(raw: Raw, archive: tarfile.TarFile, info: tarfile.TarInfo, suffix: str
     return raw._replace(members={**raw.members, suffix: opened.read()})
 
 
-def _load(settings: ShardSettings, raw: Raw) -> Loaded:
+def _load(settings: SourceSettings, raw: Raw) -> Loaded:
     if raw.fault is not None:
         raise RefusedSample(raw.name, *raw.fault)
     found = [suffix for suffix in PICTURES if suffix in raw.members]
@@ -195,7 +195,7 @@ def _tar(stream: Stream) -> tarfile.TarFile:
     return tarfile.open(fileobj=buffered, mode="r|*", tarinfo=CarefulTarInfo)
 
 
-def _tars(store: Store, settings: ShardSettings) -> list[str]:
+def _tars(store: Store, settings: SourceSettings) -> list[str]:
     """The tars that `shard.files` chooses, else all."""
     keys = [entry.key for entry in store.list() if entry.key.endswith(SUFFIXES)]
     return [key for key in keys if settings.files is None or fnmatch(key, settings.files)]
@@ -223,7 +223,7 @@ def _columns(store: Store, keys: list[str]) -> parquet.Columns:
 
 
 def made_of(
-    settings: ShardSettings, shared: tuple[Store, parquet.Columns] | None, items: Sequence[Any]
+    settings: SourceSettings, shared: tuple[Store, parquet.Columns] | None, items: Sequence[Any]
 ) -> Iterable[object]:
     """The tars with their versions, or the row groups."""
     if shared is not None:
@@ -231,4 +231,12 @@ def made_of(
     return [(file.key, file.size, file.version) for file in items]
 
 
-SOURCE = DataSource(files_of, check, listing, rows, made_of)
+SOURCE = DataSource(
+    files_of,
+    check,
+    listing,
+    rows,
+    made_of,
+    about="tars of jpg + txt + json, or img2dataset's Parquet",
+    takes=("files",),
+)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from components.shard import Shard, ShardSettings
-from components.shard.settings import DownloadSettings
+from components.shard.source_settings import DownloadSettings
 from llava.errors import LlavaError, RefusedInput
 from tests.support.strange_server import StrangeServer
 

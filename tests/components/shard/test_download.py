@@ -22,7 +22,7 @@ from PIL import Image
 from components.contract.store import StoreError, open_store
 from components.shard import Shard, ShardSettings, download
 from components.shard.download import Downloader, Fetched, is_public
-from components.shard.settings import DownloadSettings
+from components.shard.source_settings import DownloadSettings
 from components.shard.sources import SOURCES, outcomes
 from components.shard.sources.base import RefusedSample
 from tests.support.repository import REPOSITORY

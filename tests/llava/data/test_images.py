@@ -19,7 +19,9 @@ from tests.support.odd_images import LIMITS, ODD
 from tests.support.repository import REPOSITORY, SHARED
 
 PHOTOS = SHARED / "data" / "coco" / "images"
-needs_photos = pytest.mark.skipif(not PHOTOS.is_dir(), reason="real photos are not here: ../shared/data/coco")
+needs_photos = pytest.mark.skipif(
+    not PHOTOS.is_dir(), reason="no real photos: tests/support/repository.py names the folder"
+)
 
 
 def encode(image: Image.Image, kind: str, **options: object) -> bytes:
