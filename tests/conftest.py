@@ -55,16 +55,50 @@ SERVICES = frozenset(
 )
 """Fixtures that start something. (`mlflow_db` starts no server, but MLflow makes and migrates a database.)"""
 
+COMMANDS = (
+    "drills",
+    "recipes",
+    "components/backbones/test_given.py",
+    "components/instruct/llm/test_asking.py",
+    "components/instruct/llm/test_stage_command.py",
+    "workflows/kubernetes/test_rayjob_submitted.py",
+    "workflows/retraining",
+    "workflows/scores/test_models.py",
+    "workflows/test_cli.py",
+    "workflows/test_plan.py",
+    "workflows/test_prune.py",
+    "workflows/test_promote.py",
+    "workflows/test_train.py",
+    "workflows/test_train_filter.py",
+)
+"""Modules and folders whose tests start commands that start services."""
+SLOW = (
+    "benchmarks",
+    "components/backbones/test_component.py",
+    "components/backbones/test_tiny.py",
+    "components/training/test_auto.py",
+    "components/training/test_deepspeed_engine.py",
+    "components/training/test_deepspeed_engine_mixed_batches.py",
+    "llava/test_estimate.py",
+    "llava/test_generate.py",
+    "llava/test_lora.py",
+    "llava/training",
+)
+"""Modules and folders that train or build models for seconds, in processes of their own or not."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first; else as collected (a loadfile run hands them out in this order).
 
     What asks for a service is marked so, and left out of the fast lane (`make check`).
     """
-    for item in items:
-        if SERVICES & set(getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.services)
     root = Path(__file__).parent
+    for item in items:
+        path = item.path.relative_to(root)
+        if SERVICES & set(getattr(item, "fixturenames", ())) or any(map(path.is_relative_to, COMMANDS)):
+            item.add_marker(pytest.mark.services)
+        if any(map(path.is_relative_to, SLOW)):
+            item.add_marker(pytest.mark.slow)
     places = {root / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path, len(places)))
 

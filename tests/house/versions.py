@@ -12,26 +12,31 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import inspect
 import json
 import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+from components.backbones.given import Given
+from workflows.stages import STAGES
+
 ROOT = Path(__file__).parents[2]
 RECORD = Path("tests/house/component_versions.jsonl")
 PACKAGES = ("components", "llava")
-COMPONENTS = {
-    "backbones": ("components/backbones/component.py", "Backbones"),
-    "given": ("components/backbones/given.py", "Given"),
-    "shard": ("components/shard/component.py", "Shard"),
-    "instruct": ("components/instruct/component.py", "Instruct"),
-    "filter": ("components/filter/component.py", "Filter"),
-    "pretrain": ("components/pretrain.py", "Pretrain"),
-    "finetune": ("components/finetune.py", "Finetune"),
-    "evaluate": ("components/evaluate/__init__.py", "Evaluate"),
-    "register": ("components/register.py", "Register"),
-}
+
+
+def _components() -> dict[str, tuple[str, str]]:
+    """File and class of every component: those of the table of stages, and `given`, which stands in for one."""
+    found = {stage.component.name: type(stage.component) for stage in STAGES} | {"given": Given}
+    return {
+        name: (Path(inspect.getfile(kind)).relative_to(ROOT).as_posix(), kind.__name__)
+        for name, kind in found.items()
+    }
+
+
+COMPONENTS = _components()
 HOW = {
     "components/contract": "stores, leases, manifests and tracking: their own formats have their own tests",
     "components/ray_cluster": "where work runs",
