@@ -41,6 +41,7 @@ LONGEST = (
     "workflows/kubernetes/test_rayjob_submitted.py",
     # A process that is down to its last test gets another module: this one waits for the drills, which are one test.
     "components/backbones/test_given.py",
+    "components/contract/test_tracking.py",
     "components/training/test_stage.py",
     "components/evaluate/test_evaluation.py",
     "components/instruct/llm/test_stage.py",
@@ -59,6 +60,7 @@ COMMANDS = (
     "drills",
     "recipes",
     "components/backbones/test_given.py",
+    "components/contract/test_tracking.py",
     "components/instruct/llm/test_asking.py",
     "components/instruct/llm/test_stage_command.py",
     "workflows/kubernetes/test_rayjob_submitted.py",
@@ -82,6 +84,7 @@ SLOW = (
     "llava/test_estimate.py",
     "llava/test_generate.py",
     "llava/test_lora.py",
+    "house/test_pointers.py",
     "llava/training",
 )
 """Modules and folders that train or build models for seconds, in processes of their own or not."""

@@ -129,3 +129,8 @@ def test_a_wheel_says_that_it_is_typed(wheel: zipfile.ZipFile) -> None:
     (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
     headers = HeaderParser().parsestr(wheel.read(name).decode())
     assert "Typing :: Typed" in headers.get_all("Classifier", [])
+
+
+def test_the_checklist_of_a_pull_request_names_targets_that_exist() -> None:
+    named = re.findall(r"`make (\w+)`", (GITHUB / "pull_request_template.md").read_text())
+    assert named and set(named) <= set(targets())

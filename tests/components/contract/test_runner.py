@@ -307,6 +307,7 @@ def test_workspace_check_passes_on_working_servers(s3_root: str, mlflow_uri: str
     assert time.monotonic() - started < 20
 
 
+@pytest.mark.services
 def test_absent_mlflow_stops_the_run_with_its_uri(folder_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     workspace = Workspace(
