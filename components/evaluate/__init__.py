@@ -19,17 +19,6 @@ from components.scoring.questions import heldout_rows, two_pictures
 from llava.errors import RefusedInput
 
 
-def check_questions(settings: EvaluateSettings, questions: Artifact) -> None:
-    """Refuse a dataset that keeps no questions back, or only questions about one picture."""
-    if heldout_rows(questions.folder):
-        two_pictures(questions.folder)
-    elif not settings.benchmarks:
-        raise RefusedInput(
-            f"{questions.uri}: no held-out rows, so there is nothing to ask; raise shard.heldout, give an instruct "
-            "artifact that kept some rows back, or name evaluate.benchmarks"
-        )
-
-
 class Evaluate(Component):
     """Inputs: `model` (a stock LLaVA folder in `model/`) and `questions` (a dataset with `heldout/*.parquet`).
 
@@ -55,7 +44,7 @@ class Evaluate(Component):
     def check_input(self, settings: EvaluateSettings, name: str, artifact: Artifact) -> None:
         """Refuse questions where there are none."""
         if name == "questions":
-            check_questions(settings, artifact)
+            _check_questions(settings, artifact)
 
     def check(self, settings: EvaluateSettings, inputs: Mapping[str, Artifact]) -> None:
         """Refuse a model artifact without a model, and questions where there are none."""
@@ -64,7 +53,7 @@ class Evaluate(Component):
             raise RefusedInput(
                 f"{model.uri}: holds no model/config.json; give a finetune, pretrain or backbones artifact"
             )
-        check_questions(settings, questions)
+        _check_questions(settings, questions)
 
     def external(self, settings: EvaluateSettings) -> dict[str, str]:
         """Fingerprints of the benchmarks' files."""
@@ -83,4 +72,15 @@ class Evaluate(Component):
         evaluation.publish(job, results, remarks)
 
 
-__all__ = ["Evaluate", "EvaluateSettings", "ExamSettings", "check_questions"]
+def _check_questions(settings: EvaluateSettings, questions: Artifact) -> None:
+    """Refuse a dataset that keeps no questions back, or only questions about one picture."""
+    if heldout_rows(questions.folder):
+        two_pictures(questions.folder)
+    elif not settings.benchmarks:
+        raise RefusedInput(
+            f"{questions.uri}: no held-out rows, so there is nothing to ask; raise shard.heldout, give an instruct "
+            "artifact that kept some rows back, or name evaluate.benchmarks"
+        )
+
+
+__all__ = ["Evaluate", "EvaluateSettings", "ExamSettings"]

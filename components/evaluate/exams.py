@@ -7,7 +7,7 @@ artifact can score it again, to the same digit.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -91,23 +91,26 @@ def open_exam(
 ) -> Exam:
     """Copy the files into `folder` (which it makes) and read the questions; nothing is asked yet."""
     folder.mkdir(parents=True)
-    copies = {
-        what: copy(path, what, folder) for what, path in settings.paths.items() if what not in READ_IN_PLACE
-    }
+    copies = {}
+    for what, path in settings.paths.items():
+        if what not in READ_IN_PLACE:
+            with _naming({}, called(what)):
+                copies[what] = copy(path, what, folder)
     own = {str(copies[what]): path for what, path in settings.paths.items() if what in copies}
     benchmark = find(settings.benchmark)
     with _naming(own):
-        items, files = benchmark.gather(Paper(settings, copies, folder, look, called))
+        items, files = benchmark.gather(Paper(settings, copies, folder, look, called, own))
     if not items:
         raise RefusedInput(
             f"{settings.title}: its files hold no question: {', '.join(settings.paths.values())}"
         )
     asked = [[item.prompt, None if item.picture is None else item.picture.sha256, item.row] for item in items]
-    labels = {
-        path.relative_to(folder).as_posix(): sha256_of(read_text(path))
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    with _naming(own):
+        labels = {
+            path.relative_to(folder).as_posix(): sha256_of(read_text(path))
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
     terms: Record = {"benchmark": settings.benchmark, "max_new_tokens": settings.answer_length}
     if settings.judge is not None:
         judged = {"runs": settings.judge_runs, "swap": settings.judge_swap}
@@ -153,8 +156,16 @@ def answered(exam: Exam, texts: Sequence[str], model: str, prefix: str = "") -> 
 
 def score(exam: Exam, files: Files) -> Scored:
     """The benchmark's score of an exam's files; a message names the user's own files."""
-    with _naming(exam.own):
+    with naming(exam, files):
         return exam.benchmark.score(files)
+
+
+def naming(exam: Exam, files: Files) -> AbstractContextManager[None]:
+    """A refusal inside names the user's own files, and the exam's by their place in the artifact."""
+    names = dict(exam.own)
+    if exam.settings is not None:
+        names[str(files.answers)] = f"the answers to {next(iter(exam.settings.paths.values()))}"
+    return _naming(names | {f"{exam.place}/": f"{exam.folder}/".lstrip("/")})
 
 
 def units(exam: Exam, scored: Scored) -> list[Unit]:
@@ -172,9 +183,11 @@ def _naming(own: Mapping[str, str], field: str = "") -> Iterator[None]:
         yield
     except RefusedInput as error:
         told = str(error)
-        for copied, path in own.items():
-            told = told.replace(copied, path)
-        raise RefusedInput(f"{field}: {told}" if field else told) from None
+        # The longest first: a copy's name may begin as another's.
+        for copied in sorted(own, key=len, reverse=True):
+            told = told.replace(copied, own[copied])
+        error.args = (f"{field}: {told}" if field else told,)
+        raise
 
 
 def _only(what: str, path: str) -> dict[str, object]:

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from components.contract import Job
+from components.evaluate import exams
 from components.evaluate.exams import Exam
 from components.evaluate.settings import EvaluateSettings
 from components.scoring.base import Files
@@ -42,7 +43,8 @@ def reviewed(job: Job[EvaluateSettings], exam: Exam, files: Files) -> Files:
         )
 
     told = replace(files, reviews=runs, judge_swap=one.judge_swap)
-    exam.benchmark.judge(told, ask)
+    with exams.naming(exam, told):
+        exam.benchmark.judge(told, ask)
     return told
 
 

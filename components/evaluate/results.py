@@ -92,7 +92,7 @@ def _of_heldout(
     files = write_rows(exam, rows)
     answers_file = files[RIGHT].need("answers", "the answers")
     job.folder.upload(answers_file, answers_file.name)
-    clean = {one: _clean(exam, exam.benchmark.score(each), left_out) for one, each in files.items()}
+    clean = {one: _clean(exam, exams.score(exam, each), left_out) for one, each in files.items()}
     told = metrics(kept, exam.title)
     if "eval/loss" not in told:
         job.say("the model's chat template is none of ours: held-out loss is not measured")

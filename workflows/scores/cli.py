@@ -17,14 +17,16 @@ Questions = Annotated[
 ]
 Labels = Annotated[
     list[str] | None,
-    typer.Option(metavar="[SPLIT=]FILE", help="The right answers; repeat with SPLIT= for pope."),
+    typer.Option(
+        metavar="[SPLIT=]FILE", help="The right answers; repeat with SPLIT= for a benchmark that has splits."
+    ),
 ]
-Splits = Annotated[Path | None, typer.Option(help="scienceqa: pid_splits.json.")]
-Split = Annotated[str | None, typer.Option(help="scienceqa: which list of --splits; default: test.")]
+Splits = Annotated[Path | None, typer.Option(help="Which ids belong to which list: pid_splits.json.")]
+Split = Annotated[str | None, typer.Option(help="Which list of --splits; default: test.")]
 TEST = "test"
 Reviews = Annotated[
     list[Path] | None,
-    typer.Option(help="A judge's reviews; repeat for several runs (mm-vet: the grade file)."),
+    typer.Option(help="A judge's reviews, or its grade file; repeat for several runs."),
 ]
 MaxFailed = Annotated[
     float | None,
@@ -34,9 +36,7 @@ MaxFailed = Annotated[
         help="Share of failed judgements above which there is no score (status 2); default: 0.5.",
     ),
 ]
-Partial = Annotated[
-    bool, typer.Option("--partial", help="captions: leave out annotated images without a caption.")
-]
+Partial = Annotated[bool, typer.Option("--partial", help="Leave out annotated images without a caption.")]
 
 
 def score(
@@ -49,9 +49,7 @@ def score(
     reviews: Reviews = None,
     reference: Annotated[
         Path | None,
-        typer.Option(
-            help="Another model's answers: scienceqa's ensembles, or what a live judge compares with."
-        ),
+        typer.Option(help="Another model's answers: for an ensemble, or what a live judge compares with."),
     ] = None,
     partial: Partial = False,
     max_failed: MaxFailed = None,
@@ -60,35 +58,43 @@ def score(
     ] = None,
     judge_url: Annotated[str | None, typer.Option(help="The judge's endpoint, ending in /v1.")] = None,
     judge_seconds: Annotated[
-        float, typer.Option(min=0.1, help="Time after which a reply counts as failed.")
-    ] = 60.0,
+        float | None, typer.Option(min=0.1, help="Time after which a reply counts as failed; default: 60.")
+    ] = None,
     judge_swap: Annotated[
         bool, typer.Option("--judge-swap", help="Every second --reviews file shows the candidate first.")
     ] = False,
     context: Annotated[
-        Path | None, typer.Option(help="llava-bench with a judge: notes on the pictures (image, caption).")
+        Path | None, typer.Option(help="For a live judge: notes on the pictures (image, caption).")
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """Score answers that others produced: files in, numbers out.
 
-    BENCHMARK is vqa, pope, scienceqa, llava-bench, captions, mme, mmbench or mm-vet. Scores are unrounded and in
-    percent, but for captions (the scale of pycocoevalcap) and mme, which counts points. docs/evaluation.md lists the
-    files of each. Rows that are missing, doubled or unknown are refused with their numbers.
+    docs/evaluation.md lists the benchmarks, the files that each takes, and the scale of its scores, which are not
+    rounded; options that a benchmark does not take are refused. Rows that are missing, doubled or unknown are refused
+    with their numbers.
     """
     from components.scoring.benchmarks import MAX_FAILED, Files
     from components.scoring.judge import JudgeSettings
     from workflows.scores import score as scoring
 
     named = scoring.label_files(labels or [])
+    typed = {
+        "answers": answers, "questions": questions, "labels": labels, "splits": splits, "split": split,
+        "reviews": reviews, "reference": reference, "partial": partial, "max_failed": max_failed,
+        "judge_swap": judge_swap, "context": context,
+    }  # fmt: skip
+    options = [scoring.Option(scoring.flag(name), name, value) for name, value in typed.items()]
+    for name, value in (("judge", judge), ("judge_url", judge_url), ("judge_seconds", judge_seconds)):
+        options.append(scoring.Option(scoring.flag(name), scoring.JUDGE, value))
+    scoring.refuse_foreign(benchmark, options)
     files = Files(
         answers, questions, named, splits, split or TEST, reviews or [], reference, partial,
         MAX_FAILED if max_failed is None else max_failed, context, judge_swap, scoring.flag,
     )  # fmt: skip
-    given = {**vars(files), "split": split, "max_failed": max_failed is not None, "called": None}
-    scoring.refuse_foreign(benchmark, given)
     if judge is not None:
-        settings = JudgeSettings(model=judge, url=judge_url, seconds=judge_seconds)
+        patience = {} if judge_seconds is None else {"seconds": judge_seconds}
+        settings = JudgeSettings(model=judge, url=judge_url, **patience)
         scoring.run_judge(settings, benchmark, files)
     scored = scoring.score(benchmark, files)
     if json_:
@@ -133,32 +139,41 @@ def compare(
     """
     from components.scoring.benchmarks import BENCHMARKS, MAX_FAILED, Files
     from workflows.scores import compare as comparing
-    from workflows.scores.score import flag, label_files, print_json, refuse_foreign
+    from workflows.scores import score as scoring
 
     rule = comparing.Rule(score or [], minimum_difference, confidence, floor or [])
+    typed = {
+        "questions": questions, "labels": labels, "splits": splits, "split": split, "partial": partial,
+        "max_failed": max_failed,
+    }  # fmt: skip
+    options = [scoring.Option(scoring.flag(name), name, value) for name, value in typed.items()]
+    for name, value in (("base", base_reviews), ("new", new_reviews)):
+        options.append(scoring.Option(scoring.side(name)("reviews"), "reviews", value))
     if names[0] not in BENCHMARKS:
         from workflows.scores import models
 
+        options.append(scoring.Option("--images", "images", images))
+        scoring.refuse_any(
+            options, "belongs to BENCHMARK BASE NEW; models are asked, and bring their own files"
+        )
         models.command(names, root, rule, out, json_)
         return
     if len(names) != 3:
         raise RefusedInput(f"compare {names[0]}: give BASE and NEW, the answers of two models")
-    named = label_files(labels or [])
+    scoring.refuse_foreign(names[0], options)
+    named = scoring.label_files(labels or [])
 
-    def files(answers: str, reviews: list[Path] | None) -> Files:
-        found = Files(
+    def files(name: str, answers: str, reviews: list[Path] | None) -> Files:
+        return Files(
             Path(answers), questions, named, splits, split or TEST, reviews or [], None, partial,
-            MAX_FAILED if max_failed is None else max_failed, called=flag,
+            MAX_FAILED if max_failed is None else max_failed, called=scoring.side(name),
         )  # fmt: skip
-        refuse_foreign(
-            names[0], {**vars(found), "split": split, "max_failed": max_failed is not None, "called": None}
-        )
-        return found
 
-    duel = comparing.of_files(names[0], files(names[1], base_reviews), files(names[2], new_reviews), rule)
+    base, new = files("base", names[1], base_reviews), files("new", names[2], new_reviews)
+    duel = comparing.of_files(names[0], base, new, rule)
     if out is not None:
         comparing.write_page({}, [duel], comparing.in_folder(images), out)
     if json_:
-        print_json(comparing.as_json(duel.comparisons[names[0]], duel.verdict))
+        scoring.print_json(comparing.as_json(duel.comparisons[names[0]], duel.verdict))
     else:
         comparing.show(duel)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +42,59 @@ def flag(field: str) -> str:
     return f"--{field.replace('_', '-')}"
 
 
-def refuse_foreign(benchmark: str, given: Mapping[str, Any]) -> None:
-    """Raise RefusedInput for options that the benchmark does not take, all of them at once.
+def side(name: str) -> Callable[[str], str]:
+    """How `llava compare BENCHMARK BASE NEW` calls a field; `name`: base or new."""
+    own = {"answers": name.upper(), "reviews": f"--{name}-reviews"}
+    return lambda field: own.get(field, flag(field))
 
-    `given`: by field; what is None, empty or False was not given.
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a command, as it was typed."""
+
+    name: str
+    field: str
+    """Which field of `Files` it is; `JUDGE` for what belongs to a live judge alone."""
+    value: Any
+
+    @property
+    def given(self) -> bool:
+        """Whether it was typed at all: None, False and an empty list are the defaults."""
+        return self.value is not None and self.value is not False and self.value != []
+
+
+JUDGE = "judge"
+
+
+def refuse_foreign(benchmark: str, options: Sequence[Option]) -> None:
+    """Raise RefusedInput for options that would change nothing, all of them at once.
+
+    Those are options that the benchmark does not take, and without a judge those that only its judge needs.
     """
     known = find(benchmark)
-    foreign = [flag(name) for name, value in given.items() if value and name not in known.reads]
+    judged = {JUDGE, *known.judge_reads} if known.judge else set[str]()
+    takes = judged | set(known.reads)
+    judging = any(option.given for option in options if option.name == flag(JUDGE))
+    foreign = [option.name for option in options if option.given and option.field not in takes]
+    idle = [
+        option.name
+        for option in options
+        if option.given and not judging and option.field in judged and option.field not in known.reads
+    ]
+    faults = []
     if foreign:
-        taken = ", ".join(flag(name) for name in known.reads)
-        raise RefusedInput(f"{benchmark} takes no {', '.join(foreign)}; it takes {taken}")
+        taken = ", ".join(option.name for option in options if option.field in takes)
+        faults.append(f"{benchmark} takes no {', '.join(foreign)}; it takes {taken}")
+    if idle:
+        faults.append(f"{', '.join(idle)}: only a live judge needs that, so name one with {flag(JUDGE)}")
+    if faults:
+        raise RefusedInput("; ".join(faults))
+
+
+def refuse_any(options: Sequence[Option], why: str) -> None:
+    """Raise RefusedInput for every one of the options that was given."""
+    if foreign := [option.name for option in options if option.given]:
+        raise RefusedInput(f"{', '.join(foreign)}: {why}")
 
 
 def label_files(given: Sequence[str]) -> dict[str, Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from components.scoring.base import Files, Record, Scored, Unit
 from components.scoring.benchmarks.reading import Item, Paper
@@ -28,6 +28,8 @@ class Benchmark:
     name: str
     reads: Mapping[str, str]
     """Which fields of `Files` it is scored from, and what each holds."""
+    judge_reads: Mapping[str, str] = field(default_factory=dict)
+    """Which more of them its judge needs: without a judge they change nothing."""
     score: Callable[[Files], Scored]
     prompt: Callable[[Record], str]
     """A question's row to what the user would type."""

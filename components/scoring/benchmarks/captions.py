@@ -28,7 +28,7 @@ from components.scoring.base import (
 )
 from components.scoring.benchmarks.benchmark import Benchmark
 from components.scoring.benchmarks.ptb import tokens
-from components.scoring.benchmarks.reading import Item, Paper, copy, dataset
+from components.scoring.benchmarks.reading import Item, Paper, dataset
 from components.scoring.bootstrap import Floats
 from components.scoring.pictures import Picture
 from components.scoring.questions import captioned
@@ -124,7 +124,8 @@ def read_references(path: Path) -> dict[str, list[str]]:
     references: dict[str, list[str]] = defaultdict(list)
     if isinstance(value, list):
         for sample in value:
-            answers = [turn["value"] for turn in get(sample, "conversations", path) if turn["from"] == "gpt"]
+            turns = get(sample, "conversations", path)
+            answers = [get(turn, "value", path) for turn in turns if get(turn, "from", path) == "gpt"]
             if len(answers) != 1:
                 raise RefusedInput(
                     f"{path}: sample {sample.get('id')} has {len(answers)} answers, not one caption"
@@ -163,23 +164,21 @@ def gather(paper: Paper) -> tuple[list[Item], Files]:
     """A dataset's pictures with captions, COCO's annotations, or a LLaVA-format file."""
     settings, wish = paper.settings, paper.settings.instruction
     if settings.data is not None and (artifact := dataset(settings.data)) is not None:
-        return _of_dataset(paper, captioned(artifact))
+        return _of_dataset(paper, settings.data, captioned(artifact))
     source = settings.data or str(settings.labels)
-    labels = copy(settings.data, "labels", paper.folder) if settings.data else paper.copies["labels"]
-    pictures, asked = paper.pictures(source), dict[str, str]()
+    labels = paper.copy(settings.data, "labels") if settings.data else paper.copies["labels"]
+    pictures, asked, references = paper.pictures(source), dict[str, str](), read_references(labels)
     if isinstance(value := read_json(labels) if labels.suffix == ".json" else read_rows(labels), list):
         names = {str(sample["id"]): sample.get("image") for sample in value}
-        asked = {
-            str(sample["id"]): str(sample["conversations"][0]["value"]).replace(IMAGE, "").strip()
-            for sample in value
-        }
+        first = {str(sample["id"]): get(sample["conversations"][0], "value", labels) for sample in value}
+        asked = {id_: str(text).replace(IMAGE, "").strip() for id_, text in first.items()}
         ids: dict[str, Any] = {str(sample["id"]): sample["id"] for sample in value}
     else:
         names = {str(image["id"]): image.get("file_name") for image in value.get("images", [])}
         ids = {str(row["image_id"]): row["image_id"] for row in value.get("annotations", [])}
     items = [
         Item(wish or asked.get(id_) or prompt({}), pictures(names.get(id_)), {"image_id": ids[id_]}, id_)
-        for id_ in read_references(labels)
+        for id_ in references
     ]
     return items, paper.files(labels={"": labels})
 
@@ -193,8 +192,8 @@ def write(items: Sequence[Item], rows: Sequence[Record]) -> tuple[str, str]:
     return ".json", "[" + ",\n".join(lines) + "]\n"
 
 
-def _of_dataset(paper: Paper, rows: Sequence[Record]) -> tuple[list[Item], Files]:
-    labels = paper.folder / "labels.json"
+def _of_dataset(paper: Paper, uri: str, rows: Sequence[Record]) -> tuple[list[Item], Files]:
+    labels = paper.file("labels.json", uri)
     labels.write_text(json.dumps({
         "images": [{"id": row["id"]} for row in rows],
         "annotations": [{"image_id": row["id"], "caption": text} for row in rows for text in row["captions"]],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from llava.conversation import IMAGE
 from llava.errors import RefusedInput
 
 READ_IN_PLACE = ("images", "data")
+TEXTS = (".txt", ".json", ".jsonl", ".tsv", ".csv")
 """What is not copied: folders, and datasets."""
 
 
@@ -73,6 +74,19 @@ class Paper:
     """How a picture is opened; a look ahead only asks whether it is there."""
     called: Callable[[str], str] = str
     """See `Files.called`."""
+    own: dict[str, str] = field(default_factory=dict)
+    """Of each file in `folder`, the user's own that it was made from: a message names that one."""
+
+    def copy(self, uri: str, what: str) -> Path:
+        """A copy of the file at `uri` in `folder`."""
+        goal = copy(uri, what, self.folder)
+        self.own[str(goal)] = uri
+        return goal
+
+    def file(self, name: str, of: str) -> Path:
+        """Where a benchmark writes a file of its own, made from what lies at `of`."""
+        self.own[str(self.folder / name)] = of
+        return self.folder / name
 
     @property
     def labels(self) -> dict[str, Path]:
@@ -145,24 +159,26 @@ def from_questions(
 
 def from_conversations(paper: Paper, uri: str) -> tuple[list[Item], Path]:
     """An item per turn of a LLaVA-format file, which is its own label file."""
-    labels = copy(uri, "labels", paper.folder)
+    labels = paper.copy(uri, "labels")
     pictures = paper.pictures(uri)
     rows = read_json(labels) if labels.suffix == ".json" else read_rows(labels)
     items = []
     for sample in rows:
-        turns = get(sample, "conversations", labels)[::2]
+        turns, name = get(sample, "conversations", labels)[::2], get(sample, "id", labels)
         for number, turn in enumerate(turns, 1):
-            id_ = f"{sample['id']}" if len(turns) == 1 else f"{sample['id']}-{number}"
-            asked = str(turn["value"]).replace(IMAGE, "").strip()
+            id_ = f"{name}" if len(turns) == 1 else f"{name}-{number}"
+            asked = str(get(turn, "value", labels)).replace(IMAGE, "").strip()
             picture = pictures(sample.get("image"))
             row = answer_row(id_, sample.get("image"))
             items.append(Item(paper.put(asked, asked), picture, row, id_))
     return items, labels
 
 
-def from_dataset(paper: Paper, asked: Sequence[tuple[str, str, str, Picture]]) -> tuple[list[Item], Path]:
+def from_dataset(
+    paper: Paper, uri: str, asked: Sequence[tuple[str, str, str, Picture]]
+) -> tuple[list[Item], Path]:
     """Questions (id, question, expected, picture) of a dataset: their labels are written in LLaVA's format."""
-    labels = paper.folder / "labels.json"
+    labels = paper.file("labels.json", uri)
     samples = [
         {"id": id_, "image": picture.sha256, "conversations": [
             {"from": "human", "value": f"{IMAGE}\n{question}"}, {"from": "gpt", "value": expected},
@@ -189,7 +205,7 @@ def dataset(uri: str) -> Store | None:
 
 
 def copy(uri: str, what: str, folder: Path) -> Path:
-    """The file at `uri` as `folder/WHAT.SUFFIX`; a folder as `folder/WHAT`."""
+    """The file at `uri` as `folder/WHAT.SUFFIX`; of a folder its texts alone, as `folder/WHAT`."""
     goal = folder / f"{what.replace(' ', '-')}{Path(uri).suffix}"
     if uri.startswith("s3://"):
         above, _, name = uri.rpartition("/")
@@ -198,14 +214,23 @@ def copy(uri: str, what: str, folder: Path) -> Path:
             return goal
         inside = open_store(uri)
         for entry in inside.list():
-            inside.download(entry.key, goal / entry.key)
+            if _is_text(entry.key):
+                inside.download(entry.key, goal / entry.key)
         return goal
     source = Path(uri).expanduser()
     try:
         if source.is_dir():
-            shutil.copytree(source, goal)
+            shutil.copytree(source, goal, ignore=_no_texts)
         else:
             shutil.copyfile(source, goal)
     except OSError as error:
         raise RefusedInput(f"{uri}: {error.strerror or error}; give the path of a file") from None
     return goal
+
+
+def _is_text(name: str) -> bool:
+    return Path(name).suffix.lower() in TEXTS
+
+
+def _no_texts(folder: str, names: Sequence[str]) -> set[str]:
+    return {name for name in names if not _is_text(name) and not (Path(folder) / name).is_dir()}

@@ -196,7 +196,7 @@ def gather(paper: Paper) -> tuple[list[Item], Files]:
             (question.id, question.question, question.expected, Picture(question.picture, question.image))
             for question in read_questions(artifact, None, 0)[0]
         ]
-        items, labels = from_dataset(paper, asked)
+        items, labels = from_dataset(paper, uri, asked)
     else:
         items, labels = from_conversations(paper, uri)
     return items, paper.files(labels={"": labels})

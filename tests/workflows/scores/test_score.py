@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import pytest
 from PIL import Image
 
+from components.scoring.benchmarks import BENCHMARKS, Files, MissingFile, find
+from llava.errors import RefusedInput
 from tests.support.repository import REPOSITORY
+from workflows.scores import cli
 
 GOLDEN = REPOSITORY / "tests/components/scoring/benchmarks/golden"
 
@@ -71,3 +77,73 @@ def test_compare_says_what_changed_and_writes_it_with_pictures(tmp_path: Path) -
     assert "| ![](pictures/scienceqa-16_image.jpg) | Question 16? | C | D | C |" in page
     with Image.open(tmp_path / "out" / "pictures" / "scienceqa-16_image.jpg") as small:
         assert small.size == (320, 240)
+
+
+def test_options_that_the_benchmark_does_not_take_are_refused_in_one_message() -> None:
+    vqa = GOLDEN / "vqa"
+    done = llava(
+        "score", "vqa", "--answers", vqa / "answers.jsonl", "--labels", vqa / "annotations.json",
+        "--reviews", "/nor/this", "--judge-swap",
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "vqa takes no --reviews, --judge-swap; it takes --answers, --questions, --labels" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "given", "message"),
+    [
+        ("vqa", {"judge": "m", "reviews": [Path("r")]}, r"^vqa takes no --reviews, --judge; it takes "),
+        ("pope", {"max_failed": 0.0, "split": "test"}, r"^pope takes no --split, --max-failed; it takes "),
+        ("captions", {"reference": Path("r"), "judge_seconds": 60.0}, "no --reference, --judge-seconds; it takes"),
+        ("llava-bench", {"judge_url": "u", "context": Path("c")}, "^--context, --judge-url: only a live judge"),
+        ("scienceqa", {"partial": True, "judge_seconds": 9.0},
+         "^scienceqa takes no --partial; it takes .*; --judge-seconds: only a live judge"),
+    ],
+)  # fmt: skip
+def test_an_option_without_effect_is_refused(benchmark: str, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(RefusedInput, match=message):
+        cli.score(benchmark, answers=Path("a"), **given)
+
+
+def test_options_at_their_default_are_not_given(capsys: pytest.CaptureFixture[str]) -> None:
+    science = GOLDEN / "scienceqa"
+    cli.score("scienceqa", answers=science / "answers.jsonl", labels=[str(science / "problems.json")],
+              splits=science / "pid_splits.json", json_=True)  # fmt: skip
+    assert json.loads(capsys.readouterr().out)["n"] == 8
+
+
+@pytest.mark.parametrize("benchmark", list(BENCHMARKS))
+def test_what_a_benchmark_takes_are_fields_that_the_command_has(benchmark: str) -> None:
+    fields = {one.name for one in dataclasses.fields(Files)}
+    known = find(benchmark)
+    assert {*known.reads, *known.judge_reads} <= fields
+    assert not set(known.reads) & set(known.judge_reads)
+    assert not known.judge_reads or known.judge
+
+
+def test_compare_refuses_foreign_options_by_the_names_that_it_has() -> None:
+    with pytest.raises(RefusedInput) as refused:
+        cli.compare(["vqa", "a", "b"], splits=Path("s"), base_reviews=[Path("r")], new_reviews=[Path("r")])
+    assert str(refused.value) == (
+        "vqa takes no --splits, --base-reviews, --new-reviews; it takes --questions, --labels"
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "lacks"), [({}, "--base-reviews"), ({"base_reviews": "run1"}, "--new-reviews")]
+)
+def test_compare_names_what_is_missing_as_it_is_typed(given: dict[str, str], lacks: str) -> None:
+    bench = GOLDEN / "llava-bench"
+    reviews = {name: [bench / f"{file}.jsonl"] for name, file in given.items()}
+    with pytest.raises(MissingFile, match=f"^{lacks} is missing"):
+        cli.compare(["llava-bench", str(bench / "answers.jsonl"), str(bench / "answers.jsonl")], **reviews)
+
+
+def test_compare_of_models_refuses_the_options_of_files(tmp_path: Path) -> None:
+    with pytest.raises(
+        RefusedInput, match=r"^--labels, --base-reviews, --images: belongs to BENCHMARK BASE NEW"
+    ):
+        cli.compare(
+            ["runs/a", "runs/b"], root=str(tmp_path), labels=["l"], base_reviews=[Path("r")], images=tmp_path
+        )
+    assert not list(tmp_path.iterdir())
