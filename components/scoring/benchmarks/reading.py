@@ -16,8 +16,9 @@ from llava.conversation import IMAGE
 from llava.errors import RefusedInput
 
 READ_IN_PLACE = ("images", "data")
-TEXTS = (".txt", ".json", ".jsonl", ".tsv", ".csv")
 """What is not copied: folders, and datasets."""
+TEXTS = (".txt", ".json", ".jsonl", ".tsv", ".csv")
+"""What is copied of a folder of labels, beside which pictures may lie."""
 
 
 class Asked(Protocol):
