@@ -78,9 +78,10 @@ class MetricSender:
         self._pending: Future[None] | None = None
 
     def send(self, history: Sequence[Entry]) -> None:
-        """Log what is new in `history`, unless an earlier call is still at it."""
+        """Log what is new in `history` as it is now, unless an earlier call is still at it."""
         if self._pending is None or self._pending.done():
-            self._pending = self._pool.submit(self._log.send, history)
+            # A copy: the loop begins further lines while the thread reads.
+            self._pending = self._pool.submit(self._log.send, list(history))
 
     def tag(self, values: Mapping[str, str]) -> None:
         """Set tags; where MLflow is away they are left out, the history has what they say."""

@@ -21,4 +21,6 @@ class Profile(Observer):
 
     def finished(self) -> None:
         if self._trace is not None and (trace := self._trace.close()):
-            self.state.task.folder.upload(trace, TRACE)
+            task = self.state.task
+            task.guard.check()
+            task.folder.upload(trace, TRACE)
