@@ -33,7 +33,9 @@ def test_rank_0_keeps_a_trace(tmp_path: Path, rank: int) -> None:
         profile(folder, lease.guard, tmp_path, rank).finished()
     assert (folder.stat(TRACE) is not None) == (rank == 0)
     if rank == 0:
-        names = {event.get("name") for event in json.loads(gzip.decompress(folder.read(TRACE)))["traceEvents"]}
+        names = {
+            event.get("name") for event in json.loads(gzip.decompress(folder.read(TRACE)))["traceEvents"]
+        }
         assert {f"ProfilerStep#{step}" for step in (3, 4, 5)} <= names
 
 
