@@ -99,7 +99,7 @@ class Register(Component):
         """Check the files, make or find the version, decide, set tags and alias."""
         settings: RegisterSettings = job.settings
         model, evaluation = job.inputs["model"], job.inputs["evaluation"]
-        job.say(f"checking the files of {model.uri}/{MODEL}")
+        job.say(f"checking the files of {model.folder.uri}/{MODEL}")
         check_files(model)
         registry = Registry(job.workspace.tracking.uri)
         champion = registry.by_alias(settings.name, CHAMPION)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.contract import MANIFEST, TrackingError, open_artifact, open_store
+from components.contract import MANIFEST, TrackingError, artifact_with, open_store, read_artifact
 from components.contract.tracking import Tracking
 from llava.errors import LlavaError, RefusedInput
 
@@ -62,8 +62,8 @@ def resolve(uri: str, tracking: Tracking | None = None) -> str:
             raise RefusedInput(f"{uri}: MLflow at {tracking.uri} has no such model version or alias")
         return found.source
     store = open_store(uri)
-    if store.stat(MANIFEST) is not None:
-        store = store.sub(MODEL)
+    if artifact := read_artifact(store):
+        store = artifact.folder.sub(MODEL)
     if store.stat("config.json") is None:
         raise RefusedInput(
             f"{uri}: neither an artifact with a {MODEL}/ folder nor a LLaVA folder (no config.json)"
@@ -74,9 +74,8 @@ def resolve(uri: str, tracking: Tracking | None = None) -> str:
 def open_model(uri: str, tracking: Tracking | None = None) -> Path:
     """The model that `uri` names (see `resolve`) as a local folder; one from S3 is a verified copy."""
     folder = resolve(uri, tracking)
-    above, _, last = folder.rstrip("/").rpartition("/")
-    if last == MODEL and open_store(above).stat(MANIFEST) is not None:
-        return open_artifact(above).local(MODEL)
+    if artifact := artifact_with(folder, MODEL):
+        return artifact.local(MODEL)
     local = open_store(folder).local_path
     if local is None:
         raise RefusedInput(

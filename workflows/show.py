@@ -7,6 +7,8 @@ from components.contract import Artifact, open_artifact, say
 
 REPORT = "report/"
 """Where an artifact keeps pages and pictures for people."""
+SAVED = (".csv", ".html", ".jpeg", ".jpg", ".json", ".jsonl", ".md", ".png", ".svg", ".txt")
+"""Endings of the files in it that are saved: an artifact may come from anybody, and some files run by their name."""
 LONGEST, LINES = 400, 20
 
 
@@ -51,6 +53,9 @@ def _save_report(artifact: Artifact) -> None:
     for file in manifest.files:
         if file.path.startswith(REPORT):
             flat = file.path.removeprefix(REPORT).replace("/", "-")
+            if not flat.endswith(SAVED):
+                say(f"not saved {file.path}: no page or picture by its name")
+                continue
             here = Path(f"{manifest.component}-{manifest.digest[:8]}-{flat}")
             artifact.folder.download(file.path, here)
             say(f"saved     {here}")

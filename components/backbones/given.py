@@ -13,15 +13,14 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from components.contract import (
-    MANIFEST,
     Artifact,
     Component,
     Job,
     Outcome,
     Settings,
     Workspace,
+    artifact_with,
     fingerprint,
-    open_artifact,
     open_store,
     run_component,
     run_field,
@@ -84,9 +83,8 @@ def find(uri: str, workspace: Workspace) -> Artifact | str:
     Raises RefusedInput where nothing lies there, or no such version is registered.
     """
     folder = resolve(uri, workspace.tracking)
-    above, _, last = folder.rstrip("/").rpartition("/")
-    if last == MODEL and open_store(above).stat(MANIFEST) is not None:
-        return open_artifact(above)
+    if artifact := artifact_with(folder, MODEL):
+        return artifact
     fingerprint(folder)
     return folder
 

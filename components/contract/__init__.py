@@ -10,12 +10,14 @@ from components.contract.manifest import (
     FileEntry,
     Manifest,
     artifact_folders,
+    artifact_with,
     find_artifact,
     open_artifact,
     read_artifact,
     remove_artifact,
     verify,
 )
+from components.contract.printable import has_controls, printable
 from components.contract.runner import Outcome, run_component
 from components.contract.secrets import refuse_secrets, without_secret
 from components.contract.store import Entry, Folder, Stat, Store, StoreError, open_store
@@ -47,12 +49,15 @@ __all__ = [
     "acquire",
     "artifact_digest",
     "artifact_folders",
+    "artifact_with",
     "canonical_json",
     "find_artifact",
     "fingerprint",
+    "has_controls",
     "holder",
     "open_artifact",
     "open_store",
+    "printable",
     "read_artifact",
     "recipe",
     "refusals",

@@ -85,7 +85,7 @@ class Job(Generic[S]):
     settings: S
     inputs: dict[str, Artifact]
     folder: Folder
-    """The artifact's folder: files written here become the artifact. An earlier try's files may lie in it."""
+    """Files written here become the artifact; what an earlier try left lies in it. Nobody else writes here."""
     scratch: Path
     """An empty local folder, gone when the run ends."""
     run: TrackedRun
@@ -98,6 +98,8 @@ class Job(Generic[S]):
     component: str = ""
     """The name of the component, which begins every line that is said."""
     declared: dict[str, tuple[int, str]] = field(default_factory=dict)
+    earlier: tuple[Folder, ...] = ()
+    """The folders of earlier tries, the newest first, with what `Component.takes_over` leaves where it is."""
 
     def add_file(self, key: str, size: int, sha256: str) -> None:
         """Declare a file of known size in bytes and hex sha256, so that commit need not read it back."""
@@ -144,6 +146,10 @@ class Component(ABC):
     @abstractmethod
     def run(self, job: Job[Any]) -> None:
         """Make the artifact's files in `job.folder`, going on from what an earlier try left there."""
+
+    def takes_over(self, key: str) -> bool:
+        """Whether the file `key` of an earlier try comes into the new one's folder before `run`; by default all do."""
+        return True
 
     def check_found(self, settings: Any, artifact: Artifact) -> None:  # noqa: B027 - optional by design
         """Raise RefusedInput where the run half of the settings does not allow this finished artifact."""

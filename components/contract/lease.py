@@ -18,10 +18,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
+from typing import Annotated
 from uuid import uuid4
 
 import psutil
 import pydantic
+from pydantic import Field
 
 from components.contract.store import Folder, StoreError
 from llava.errors import AlreadyRunning, LlavaError
@@ -30,6 +32,7 @@ LEASE = "lease.json"
 _AFTER_A_RACE = 0.1
 """Seconds, at most, that one who lost a race for the lease steps back."""
 TTL = 60.0
+_LARGEST = 1 << 16  # bytes of a lease
 _TRIES = 5
 
 
@@ -37,19 +40,23 @@ class LeaseLost(LlavaError):
     """Another owner took this artifact over; what this process still writes does not count."""
 
 
+Seconds = Annotated[float, Field(ge=0, lt=1e11, allow_inf_nan=False)]
+"""Since 1970."""
+
+
 class LeaseRecord(pydantic.BaseModel):
     """The contents of `lease.json`; times are seconds since 1970, `started` is seconds since the host's boot."""
 
     model_config = pydantic.ConfigDict(frozen=True)
 
-    owner: str
-    token: int
-    host: str
-    process_space: str
-    pid: int
-    started: float
-    since: float
-    expires: float
+    owner: str = Field(pattern="^[0-9a-z]{1,64}$")
+    token: int = Field(ge=1, le=999_999_999_999)
+    host: str = Field(max_length=300)
+    process_space: str = Field(max_length=300)
+    pid: int = Field(ge=1, le=1 << 31)
+    started: float = Field(allow_inf_nan=False)
+    since: Seconds
+    expires: Seconds
     released: bool = False
 
     @property
@@ -117,6 +124,11 @@ class Lease:
         """Whether the loss of the lease is known already; costs nothing."""
         return self._lost is not None
 
+    def check_if_lost(self) -> None:
+        """Raise LeaseLost where the thread that renews has found out; costs nothing."""
+        if self._lost is not None:
+            raise self._lost
+
     def check(self) -> None:
         """Renew now: on return the lease is ours for another `ttl` seconds. Raises LeaseLost if it is not."""
         with self._lock:
@@ -180,19 +192,21 @@ def acquire(
     ttl: float = TTL,
     poll: float = 1.0,
     say: Callable[[str], None] | None = None,
+    least: Callable[[], int] = lambda: 1,
 ) -> Lease:
     """Take the lease on the artifact in `folder`.
 
     While somebody else holds it: wait, asking every `poll` seconds and telling `say` who holds it, or, with
-    `wait=False`, raise AlreadyRunning.
+    `wait=False`, raise AlreadyRunning. `least` gives the least token for a new owner where no lease lies there.
     """
     told = ""
     while True:
         owner = uuid4().hex
         found = _read(folder)
         if found is None:
-            if folder.create(LEASE, _bytes(_mine(owner, 1, ttl))):
-                return Lease(folder, owner, 1, ttl)
+            token = least()
+            if folder.create(LEASE, _bytes(_mine(owner, token, ttl))):
+                return Lease(folder, owner, token, ttl)
             _step_back(poll)
             continue
         record, version = found
@@ -246,7 +260,7 @@ def _started(process: psutil.Process) -> float:
 
 
 def _read(folder: Folder) -> tuple[LeaseRecord, str] | None:
-    found = folder.fetch(LEASE)
+    found = folder.fetch(LEASE, _LARGEST)
     if found is None:
         return None
     try:

@@ -1,4 +1,8 @@
-"""The manifest of a finished artifact, and the artifact as its readers see it."""
+"""The manifest of a finished artifact, and the artifact as its readers see it.
+
+A root may have been written by anybody who can write there: what a manifest says is checked when it is read, since its
+fields become file names, URIs and lines on a terminal.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +13,42 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pydantic
+from pydantic import Field
 
 from components.contract.digest import sha256_of
 from components.contract.lease import LEASE
+from components.contract.printable import has_controls, printable
 from components.contract.store import Folder, Store, check_key, open_store
 from llava.errors import RefusedInput
 
 MANIFEST = "manifest.json"
 RUN = "run.json"
 """The MLflow run of an artifact that is not finished, or whose run is not closed yet."""
-_MARKS = (MANIFEST, RUN, LEASE)
+ATTEMPTS = "attempts"
+"""Where in an artifact's folder the second owner and those after it write, each at a place of its own."""
+MARKS = (MANIFEST, RUN, LEASE)
+LARGEST = 256 << 20  # bytes of a manifest: one of a million files
 _ADDRESS = re.compile(r"([a-z_]+/[0-9a-f]{16})/(.+)")
 HASH_UP_TO = 4 << 30  # bytes: a few seconds of hashing; above it, finding an artifact looks at sizes alone
+
+
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+"""Hex sha256."""
+RunId = Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,64}$")]
+"""Of an MLflow run."""
+
+
+def _one_line(text: str) -> str:
+    if has_controls(text):
+        raise ValueError("must not hold control characters")
+    return text
+
+
+Line = Annotated[str, Field(max_length=1000), pydantic.AfterValidator(_one_line)]
+"""A name or a version: one line that a terminal only shows."""
 
 
 class FileEntry(pydantic.BaseModel):
@@ -31,9 +56,9 @@ class FileEntry(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(frozen=True)
 
-    path: str
-    size: int
-    sha256: str
+    path: Line
+    size: int = Field(ge=0)
+    sha256: Digest
 
     @pydantic.field_validator("path")
     @classmethod
@@ -49,20 +74,22 @@ class Manifest(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(frozen=True)
 
-    component: str
-    version: str
-    digest: str
+    component: str = Field(pattern="^[a-z_]{1,64}$")
+    version: Line
+    digest: Digest
     recipe: dict[str, Any]
     run: dict[str, Any] = {}
-    inputs: dict[str, str] = {}
-    external: dict[str, str] = {}
+    inputs: dict[Line, Digest] = {}
+    external: dict[Line, Line] = {}
     files: list[FileEntry]
-    metrics: dict[str, float] = {}
+    metrics: dict[Line, float] = {}
     notes: dict[str, Any] = {}
-    mlflow_run_id: str | None = None
-    code: str
-    versions: dict[str, str] = {}
-    created: datetime = pydantic.Field(default_factory=lambda: datetime.now(UTC))
+    mlflow_run_id: RunId | None = None
+    code: Line
+    versions: dict[Line, Line] = {}
+    attempt: str = Field("", pattern=rf"^({ATTEMPTS}/[0-9]{{6,12}}-[0-9a-f]{{8}})?$")
+    """Where in the artifact's folder its files lie: nowhere else ("") where the first owner finished it."""
+    created: datetime = Field(default_factory=lambda: datetime.now(UTC))
 
     @property
     def size(self) -> int:
@@ -76,15 +103,20 @@ class Manifest(pydantic.BaseModel):
 
 @dataclass(frozen=True)
 class Artifact:
-    """A finished artifact: its folder and its manifest."""
+    """A finished artifact: its address, which is the folder `COMPONENT/DIGEST` of a root, and its manifest."""
 
-    folder: Folder
+    address: Folder
     manifest: Manifest
 
     @property
+    def folder(self) -> Folder:
+        """Where its files lie, at the paths that the manifest gives."""
+        return place_of(self.address, self.manifest.attempt)
+
+    @property
     def uri(self) -> str:
-        """Where it lies."""
-        return self.folder.uri
+        """The URI of its address, by which it is known."""
+        return self.address.uri
 
     @property
     def root(self) -> Folder:
@@ -117,6 +149,23 @@ class Artifact:
         return root / inside
 
 
+def place_of(address: Folder, attempt: str) -> Folder:
+    """The folder of an attempt to make the artifact at `address`; that of the first one is the address itself."""
+    return address.sub(attempt) if attempt else address
+
+
+def artifact_with(folder: str, subfolder: str) -> Artifact | None:
+    """The finished artifact, verified, whose `subfolder` is the folder at the URI `folder`; None if it is none's."""
+    above, _, last = folder.rstrip("/").rpartition("/")
+    if last != subfolder:
+        return None
+    address = re.sub(rf"/{ATTEMPTS}/[^/]+\Z", "", above)
+    if not address or open_store(address).stat(MANIFEST) is None:
+        return None
+    found = open_artifact(address)
+    return found if found.folder.sub(subfolder).uri == open_store(folder).uri else None
+
+
 def open_artifact(uri: str | Path) -> Artifact:
     """The finished artifact at `uri`; RefusedInput if there is none or its files are not what it says."""
     folder = open_store(uri)
@@ -129,14 +178,14 @@ def open_artifact(uri: str | Path) -> Artifact:
 
 def read_artifact(folder: Folder) -> Artifact | None:
     """The artifact in `folder` as its manifest tells it, files unseen; None if it is not finished."""
-    found = folder.fetch(MANIFEST)
+    found = folder.fetch(MANIFEST, LARGEST)
     if found is None:
         return None
     try:
         return Artifact(folder, Manifest.model_validate_json(found[0]))
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        first = error.errors(include_input=False, include_url=False)[0]
+        where = printable(".".join(str(part) for part in first["loc"])) or "the file"
         raise RefusedInput(
             f"{folder.uri}/{MANIFEST} is damaged ({where}: {first['msg']}): {_way_out(folder)}"
         ) from None
@@ -164,7 +213,7 @@ def artifact_folders(root: Store, known: Collection[str] = ()) -> dict[str, int]
     for entry in root.list():
         if found := _ADDRESS.match(entry.key):
             sizes[found[1]] = sizes.get(found[1], 0) + entry.size
-            if found[2] in _MARKS or found[1].partition("/")[0] in known:
+            if found[2] in MARKS or found[1].partition("/")[0] in known:
                 artifacts.add(found[1])
     return {address: size for address, size in sizes.items() if address in artifacts}
 

@@ -11,11 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from components.contract import lease as leases
+from components.contract.attempts import attempt_of, earlier, files_of, next_token, remove_rest, take_over
 from components.contract.component import Component, Job, Settings, recipe, run_part
 from components.contract.digest import artifact_digest
-from components.contract.manifest import MANIFEST, RUN, Artifact, FileEntry, Manifest, read_artifact, verify
+from components.contract.manifest import (
+    MANIFEST,
+    RUN,
+    Artifact,
+    FileEntry,
+    Manifest,
+    place_of,
+    read_artifact,
+    verify,
+)
 from components.contract.provenance import code_revision, versions
-from components.contract.store import Folder
+from components.contract.store import Folder, StoreError
 from components.contract.tracking import PARENT_TAG, TrackedRun, TrackingError
 from components.contract.workspace import Workspace
 from llava.errors import BudgetReached, LlavaError, Preempted, RefusedInput, Terminated
@@ -71,30 +81,40 @@ class _Target:
         self.digest = artifact_digest(
             component.name, component.version, self.recipe, self.lineage, self.external
         )
-        self.folder: Folder = workspace.store.sub(f"{component.name}/{self.digest[:16]}")
+        self.address: Folder = workspace.store.sub(f"{component.name}/{self.digest[:16]}")
 
     def say(self, text: str) -> None:
         self.workspace.console.say(text, self.component.name)
 
     def find(self) -> Artifact | None:
         """The finished artifact, verified; None if it is not finished or no longer stands."""
-        artifact = read_artifact(self.folder)
+        artifact = self.standing()
         if artifact is None:
             return None
-        if artifact.digest != self.digest:
-            raise RefusedInput(
-                f"{self.folder.uri}/{MANIFEST} has digest {artifact.digest}, expected {self.digest}: the "
-                f"folder was copied or edited; delete {self.folder.uri} and run again"
-            )
         verify(artifact, self.say)
         return artifact if self.component.still_stands(artifact, self.workspace) else None
+
+    def standing(self) -> Artifact | None:
+        """The artifact as its manifest tells it, whether or not it still counts."""
+        artifact = read_artifact(self.address)
+        if artifact is not None and artifact.digest != self.digest:
+            raise RefusedInput(
+                f"{self.address.uri}/{MANIFEST} has digest {artifact.digest}, expected {self.digest}: the "
+                f"folder was copied or edited; delete {self.address.uri} and run again"
+            )
+        return artifact
+
+    def least_token(self) -> int:
+        """Over that of a manifest which lies there and counts no more: no two attempts share a place."""
+        artifact = self.standing()
+        return next_token(artifact.manifest if artifact else None)
 
     def link(self, artifact: Artifact) -> None:
         """Tell the parent run which finished artifact was used, and close a run that a crash left open."""
         self.say(f"finished already: {artifact.uri}")
         run_id = artifact.manifest.mlflow_run_id
-        if self.folder.stat(RUN) is not None and run_id is not None:
-            self.folder.delete_all(CHECKPOINTS)
+        if self.address.stat(RUN) is not None and run_id is not None:
+            remove_rest(self.address, artifact.manifest)
             with contextlib.suppress(LookupError):
                 _close(self, self.workspace.tracking.resume(run_id), artifact.manifest)
         if self.workspace.parent is not None:
@@ -110,7 +130,9 @@ class _Target:
 def _held(plan: _Target) -> Iterator[leases.Lease]:
     """The lease on the artifact; it leaves no file behind once the artifact is finished."""
     workspace = plan.workspace
-    lease = leases.acquire(plan.folder, wait=workspace.wait, ttl=workspace.lease_ttl, say=plan.say)
+    lease = leases.acquire(
+        plan.address, wait=workspace.wait, ttl=workspace.lease_ttl, say=plan.say, least=plan.least_token
+    )
     finished = False
     try:
         yield lease
@@ -126,16 +148,19 @@ def _make(plan: _Target, lease: leases.Lease) -> Artifact:
     component.check(plan.settings, plan.inputs)
     if component.on_ray:
         plan.workspace.cluster()
-    # A manifest that still lies here is one that no longer stands: from now on the artifact is unfinished.
-    plan.folder.delete(MANIFEST)
-    run = _tracked_run(plan)
+    # A manifest that lies here is one that no longer stands: it stays until the new one takes its place.
+    before = plan.address.fetch(MANIFEST)
+    attempt = attempt_of(lease)
+    take_over(plan.address, attempt, component.takes_over, lease.check_if_lost)
+    run = _tracked_run(plan, lease)
     try:
         _describe(plan, run)
         with tempfile.TemporaryDirectory(prefix=f"llava-{component.name}-") as scratch:
             job = Job(
                 settings=plan.settings,
                 inputs=plan.inputs,
-                folder=plan.folder,
+                folder=place_of(plan.address, attempt),
+                earlier=tuple(place_of(plan.address, name) for name in earlier(plan.address, attempt)),
                 scratch=Path(scratch),
                 run=run,
                 lease=lease,
@@ -143,7 +168,7 @@ def _make(plan: _Target, lease: leases.Lease) -> Artifact:
                 component=component.name,
             )
             component.run(job)
-        artifact = _commit(plan, job)
+        artifact = _commit(plan, job, attempt, before[1] if before else None)
     except BaseException as error:
         with contextlib.suppress(TrackingError):
             run.tags({"error": f"{type(error).__name__}: {error}"[:500]})
@@ -153,16 +178,19 @@ def _make(plan: _Target, lease: leases.Lease) -> Artifact:
     return artifact
 
 
-def _tracked_run(plan: _Target) -> TrackedRun:
+def _tracked_run(plan: _Target, lease: leases.Lease) -> TrackedRun:
     """The MLflow run of this artifact: the one that an earlier try began, or a new one."""
     tracking, parent = plan.workspace.tracking, plan.workspace.parent
-    if found := plan.folder.fetch(RUN):
+    if found := plan.address.fetch(RUN):
         with contextlib.suppress(LookupError, TypeError, ValueError):
             run = tracking.resume(json.loads(found[0])["mlflow_run_id"])
-            plan.say(f"going on with {plan.folder.uri}")
+            plan.say(f"going on with {plan.address.uri}")
             return run
     run = tracking.start(plan.component.name, parent)
-    plan.folder.write(RUN, json.dumps({"mlflow_run_id": run.id, "tracking_uri": tracking.uri}).encode())
+    record = json.dumps({"mlflow_run_id": run.id, "tracking_uri": tracking.uri}).encode()
+    if not (plan.address.swap(RUN, record, found[1]) if found else plan.address.create(RUN, record)):
+        lease.check()
+        raise StoreError(f"{plan.address.uri}/{RUN}: changed while it was written: run again")
     return run
 
 
@@ -173,7 +201,7 @@ def _describe(plan: _Target, run: TrackedRun) -> None:
         "component": name,
         "component_version": plan.component.version,
         "digest": plan.digest,
-        "artifact_uri": plan.folder.uri,
+        "artifact_uri": plan.address.uri,
         "code": code_revision(),
     }
     if parent is not None:
@@ -186,10 +214,13 @@ def _describe(plan: _Target, run: TrackedRun) -> None:
         run.dataset(f"{title} ({artifact.manifest.component})", artifact.digest, artifact.uri)
 
 
-def _commit(plan: _Target, job: Job) -> Artifact:
-    """Write the manifest, last and create-only, while the lease is certainly ours."""
+def _commit(plan: _Target, job: Job, attempt: str, before: str | None) -> Artifact:
+    """Write the manifest, last, while the lease is certainly ours.
+
+    Create-only, or in the place of the manifest of version `before`, which no longer stands.
+    """
     job.lease.check()
-    files = _files(plan, job)
+    files = _files(plan, job, attempt)
     manifest = Manifest(
         component=plan.component.name,
         version=plan.component.version,
@@ -204,36 +235,40 @@ def _commit(plan: _Target, job: Job) -> Artifact:
         mlflow_run_id=job.run.id,
         code=code_revision(),
         versions=versions(),
+        attempt=attempt,
     )
     # Hashing may have taken longer than the lease lasts.
     job.lease.check()
-    if not plan.folder.create(MANIFEST, manifest.to_bytes()):
+    data = manifest.to_bytes()
+    written = (
+        plan.address.create(MANIFEST, data) if before is None else plan.address.swap(MANIFEST, data, before)
+    )
+    if not written:
         raise leases.LeaseLost(
-            f"{plan.folder.uri}: another run finished this artifact first; run again to use it"
+            f"{plan.address.uri}: another run finished this artifact first; run again to use it"
         )
     # Only now: until the manifest stood, a crash would have had to go on from them.
-    plan.folder.delete_all(CHECKPOINTS)
-    return Artifact(plan.folder, manifest)
+    remove_rest(plan.address, manifest)
+    return Artifact(plan.address, manifest)
 
 
-def _files(plan: _Target, job: Job) -> list[FileEntry]:
-    own = {leases.LEASE, RUN, MANIFEST}
+def _files(plan: _Target, job: Job, attempt: str) -> list[FileEntry]:
     found = {
         entry.key: entry.size
-        for entry in plan.folder.list()
-        if entry.key not in own and not entry.key.startswith(f"{CHECKPOINTS}/")
+        for entry in files_of(plan.address, attempt)
+        if not entry.key.startswith(f"{CHECKPOINTS}/")
     }
     for key, (size, _) in job.declared.items():
         if found.get(key) != size:
             raise LlavaError(
-                f"{plan.folder.uri}: {key} was written with {size:,} bytes, found "
+                f"{job.folder.uri}: {key} was written with {size:,} bytes, found "
                 f"{'nothing' if key not in found else f'{found[key]:,}'}: run again"
             )
     return [
         FileEntry(
             path=key,
             size=size,
-            sha256=job.declared[key][1] if key in job.declared else plan.folder.sha256(key),
+            sha256=job.declared[key][1] if key in job.declared else job.folder.sha256(key),
         )
         for key, size in found.items()
     ]
@@ -250,4 +285,4 @@ def _close(plan: _Target, run: TrackedRun, manifest: Manifest) -> None:
             "the next use of the artifact tries again"
         )
         return
-    plan.folder.delete(RUN)
+    plan.address.delete(RUN)

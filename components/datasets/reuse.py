@@ -12,6 +12,7 @@ shard, written after the shard's files.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -19,12 +20,13 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from components.contract.component import Job
-from components.contract.manifest import MANIFEST
+from components.contract.manifest import ATTEMPTS, MANIFEST
 from components.contract.store import Folder, open_store
 from components.datasets.results import ShardResult
 
 SHARDS_FILE = "shards.jsonl"
 RECORDS = "checkpoints/shards"
+_PLACE = re.compile(rf"(?P<place>(?P<address>[^/]+)(?:/{ATTEMPTS}/[^/]+)?)/(?P<name>.+)")
 _READS = 16  # records that are read at once: an unfinished artifact has one for each shard
 
 
@@ -50,11 +52,13 @@ class EarlierShards:
         keys = {entry.key for entry in store.list()}
         wanted: list[tuple[bool, str, str]] = []
         for key in keys:
-            address, _, name = key.partition("/")
-            finished = f"{address}/{MANIFEST}" in keys
-            if name == SHARDS_FILE if finished else name.startswith(f"{RECORDS}/"):
-                wanted.append((finished, address, name))
-        folders = {address: store.sub(address) for _, address, _ in wanted}
+            # The folder of an attempt stands for the artifact: what is copied from it is looked at again.
+            if place := _PLACE.fullmatch(key):
+                finished = f"{place['address']}/{MANIFEST}" in keys
+                name = place["name"]
+                if name == SHARDS_FILE if finished else name.startswith(f"{RECORDS}/"):
+                    wanted.append((finished, place["place"], name))
+        folders = {place: store.sub(place) for _, place, _ in wanted}
         # The finished ones last: they win.
         others = [
             (folders[one], name) for _, one, name in sorted(wanted) if folders[one].uri != job.folder.uri

@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from components.contract import Artifact, Store, find_artifact, open_store
+from components.contract import Artifact, Store, find_artifact, open_store, read_artifact
 from components.scoring.outcomes import CONTAMINATION
 from llava.data.schema import IMAGE_COLUMNS
 
@@ -110,7 +110,11 @@ def _lineage(model: Artifact, stores: Collection[Store]) -> tuple[list[_Files], 
 def _extra(uri: str) -> _Files | None:
     """A further dataset of a training stage: an artifact, or a folder of Parquet files."""
     folder = open_store(uri)
-    names = [entry.key for entry in folder.list() if entry.key.endswith(".parquet")]
+    if artifact := read_artifact(folder):
+        folder, names = artifact.folder, [file.path for file in artifact.manifest.files]
+    else:
+        names = [entry.key for entry in folder.list()]
+    names = [name for name in names if name.endswith(".parquet")]
     keys = _training(names) or tuple(names)
     return _Files(folder, keys) if keys else None
 

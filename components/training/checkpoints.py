@@ -1,13 +1,14 @@
 """Training checkpoints in an artifact's folder: files first, the commit marker last, the newest few kept.
 
-A checkpoint lies in `checkpoints/{step}-{token}/`, where `token` is the lease's fencing token, so that a
-worker of a lost run can never write into the checkpoint of the run that took over.
+A checkpoint lies in `checkpoints/{step}-{token}/`, where `token` is the lease's fencing token, in the folder of the
+try that made it: a worker of a lost run can never write into the checkpoint of the run that took over. A later try
+reads those of the earlier ones where they are, since they are large.
 """
 
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,8 +24,12 @@ COMMITTED = "COMMITTED"
 class Saver:
     """Stores checkpoints in a thread of its own while training goes on; one at a time, in order."""
 
-    def __init__(self, folder: Folder, guard: Guard, keep: int, scratch: Path):
+    def __init__(
+        self, folder: Folder, guard: Guard, keep: int, scratch: Path, earlier: Sequence[Folder] = ()
+    ):
+        """`earlier`: the folders of earlier tries, whose checkpoints count for `keep` too."""
         self._folder, self._guard, self._keep, self._scratch = folder, guard, keep, scratch
+        self._earlier = earlier
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
 
@@ -46,10 +51,12 @@ class Saver:
     def _store(self, step: int, write: Callable[[Path], None]) -> None:
         with tempfile.TemporaryDirectory(dir=self._scratch) as local:
             write(Path(local))
-            save(self._folder, self._guard, step, Path(local), self._keep)
+            save(self._folder, self._guard, step, Path(local), self._keep, self._earlier)
 
 
-def save(folder: Folder, guard: Guard, step: int, local: Path, keep: int) -> None:
+def save(
+    folder: Folder, guard: Guard, step: int, local: Path, keep: int, earlier: Sequence[Folder] = ()
+) -> None:
     """Store the files of `local` as the checkpoint of `step` and drop the oldest ones over `keep`."""
     guard.check()
     name = f"{step:09d}-{guard.token:06d}"
@@ -61,25 +68,23 @@ def save(folder: Folder, guard: Guard, step: int, local: Path, keep: int) -> Non
     # An upload may take longer than a lost lease takes to be taken over.
     guard.check()
     there.write(COMMITTED, json.dumps({path.name: path.stat().st_size for path in files}).encode())
-    for old in _committed(folder)[:-keep]:
-        checkpoint = folder.sub(f"{FOLDER}/{old}")
-        checkpoint.delete(COMMITTED)
-        checkpoint.delete_all()
+    for old in _committed([folder, *earlier])[:-keep]:
+        old.delete(COMMITTED)
+        old.delete_all()
 
 
-def newest(folder: Folder) -> str | None:
-    """The name of the newest committed checkpoint, or None."""
-    return names[-1] if (names := _committed(folder)) else None
+def newest(folders: Sequence[Folder]) -> Folder | None:
+    """The folder of the newest committed checkpoint of several tries, or None."""
+    return found[-1] if (found := _committed(folders)) else None
 
 
 @contextmanager
-def fetched(folder: Folder, name: str, first: bool, barrier: Callable[[], None]) -> Iterator[Path]:
-    """A local folder with the files of checkpoint `name`, for as long as any rank of this node is inside.
+def fetched(there: Folder, first: bool, barrier: Callable[[], None]) -> Iterator[Path]:
+    """A local folder with the files of the checkpoint `there`, for as long as any rank of this node is inside.
 
     A checkpoint of a 7B model is 80 GB: only the `first` rank of a node downloads it, the others wait at the
     `barrier` of all ranks. The folder's name is that of the checkpoint, so that what a killed rank left is replaced.
     """
-    there = folder.sub(f"{FOLDER}/{name}")
     copy = Path(tempfile.gettempdir()) / f"llava-checkpoint-{sha256_of(there.uri)[:16]}"
     own = first and there.local_path is None
     try:
@@ -108,10 +113,13 @@ def _whole(there: Folder, where: Path) -> Path:
     return where
 
 
-def _committed(folder: Folder) -> list[str]:
+def _committed(folders: Sequence[Folder]) -> list[Folder]:
+    """The committed checkpoints, by step and token."""
     ending = f"/{COMMITTED}"
-    return sorted(
-        entry.key.removeprefix(f"{FOLDER}/").removesuffix(ending)
+    found = [
+        (entry.key.removesuffix(ending), folder)
+        for folder in folders
         for entry in folder.list(f"{FOLDER}/")
         if entry.key.endswith(ending)
-    )
+    ]
+    return [folder.sub(key) for key, folder in sorted(found, key=lambda one: one[0])]

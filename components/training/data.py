@@ -87,7 +87,7 @@ def check_extra(stage: str, extra: Sequence[Extra], view: str) -> None:
     """Refuse further datasets that are missing, changed or of another schema; needs nothing but their URIs."""
     for one, source in zip(extra, extra_sources(stage, extra), strict=True):
         try:
-            if read_artifact(source.folder):
+            if read_artifact(open_store(one.uri)):
                 open_artifact(one.uri)
             source.open(view)
         except RefusedInput as error:

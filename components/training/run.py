@@ -8,7 +8,7 @@ import torch
 from ray.train import get_context
 from torch import distributed
 
-from components.contract import TrackedRun
+from components.contract import Folder, TrackedRun
 from components.training import checkpoints
 from components.training.observers.base import Observer, RunState
 from components.training.observers.heldout import HeldOutLoss
@@ -39,10 +39,10 @@ class Run:
     def resume(self) -> int:
         """Continue from the newest committed checkpoint; returns the steps done."""
         state, step = self.state, 0
-        name = self._agree(lambda: checkpoints.newest(state.task.folder))
-        if name is not None:
+        found = self._agree(lambda: checkpoints.newest([state.task.folder, *state.task.earlier]))
+        if found is not None:
             first = get_context().get_local_rank() == 0
-            with checkpoints.fetched(state.task.folder, name, first, self._barrier) as local:
+            with checkpoints.fetched(found, first, self._barrier) as local:
                 saved, position = files.read(local, self.identity)
                 state.engine.restore(saved)
                 state.history[:] = parse((local / HISTORY).read_bytes())
@@ -98,7 +98,7 @@ class Run:
         if self.state.engine.world > 1:
             distributed.barrier()
 
-    def _agree(self, choose: Callable[[], str | None]) -> str | None:
+    def _agree(self, choose: Callable[[], Folder | None]) -> Folder | None:
         """What rank 0 finds, on every rank: a listing may change between two looks."""
         if self.state.engine.world == 1:
             return choose()

@@ -13,7 +13,7 @@ import numpy as np
 
 from components.contract import Artifact, Component, Job, Workspace, refusals
 from components.ray_cluster.connection import require_unless_made
-from components.training import auto, data, train_fn
+from components.training import auto, checkpoints, data, train_fn
 from components.training.board import ProgressClient, start_progress_actor
 from components.training.data import INDEX, extra_sources, measure
 from components.training.progress import Watcher
@@ -66,6 +66,10 @@ class TrainingStage(Component):
         """The further datasets."""
         return data.external(self.name, settings.extra)
 
+    def takes_over(self, key: str) -> bool:
+        """All but checkpoints, which are large and are read where they lie."""
+        return not key.startswith(f"{checkpoints.FOLDER}/")
+
     def run(self, job: Job[Any]) -> None:
         """Measure, choose what is `auto`, train, tell."""
         coverage = measure(job, self.view)
@@ -104,6 +108,7 @@ def _run(job: Job, parts: tuple[str, ...], view: str) -> None:
         dataset=job.inputs["dataset"],
         extra=tuple(extra_sources(job.component, settings.extra)),
         folder=job.folder,
+        earlier=job.earlier,
         guard=job.lease.guard,
         tracking_uri=job.workspace.tracking.uri,
         mlflow_run_id=job.run.id,

@@ -22,6 +22,8 @@ class Task:
     extra: tuple[DatasetFiles, ...]
     """Further datasets."""
     folder: Folder
+    earlier: tuple[Folder, ...]
+    """The folders of earlier tries, where their checkpoints lie."""
     guard: Guard
     tracking_uri: str
     mlflow_run_id: str

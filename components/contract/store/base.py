@@ -68,8 +68,11 @@ class Store(ABC):
         return found[0]
 
     @abstractmethod
-    def fetch(self, key: str) -> tuple[bytes, str] | None:
-        """Bytes and version of `key` as of one moment (what `swap` needs), or None."""
+    def fetch(self, key: str, most: int | None = None) -> tuple[bytes, str] | None:
+        """Bytes and version of `key` as of one moment (what `swap` needs), or None.
+
+        Raises RefusedInput where there are more than `most` bytes, before they are read.
+        """
 
     @abstractmethod
     def write(self, key: str, data: bytes) -> None:
@@ -156,6 +159,12 @@ class Store(ABC):
             raise RefusedInput(
                 f"{self.uri}: the store ignores create-only writes (If-None-Match), on which finished "
                 "artifacts rest; use a store that honours conditional writes"
+            )
+
+    def _bound(self, key: str, size: int, most: int | None) -> None:
+        if most is not None and size > most:
+            raise RefusedInput(
+                f"{self.uri}/{key}: has {size:,} bytes, at most {most:,} are read: it is damaged"
             )
 
     def __repr__(self) -> str:

@@ -29,11 +29,13 @@ class FolderStore(Store):
         """The folder."""
         return self._root
 
-    def fetch(self, key: str) -> tuple[bytes, str] | None:
+    def fetch(self, key: str, most: int | None = None) -> tuple[bytes, str] | None:
         """Bytes and version from one open file, so that they belong together."""
         try:
             with self._path(key).open("rb") as file:
-                return file.read(), _version(os.fstat(file.fileno()))
+                found = os.fstat(file.fileno())
+                self._bound(key, found.st_size, most)
+                return file.read(), _version(found)
         except (FileNotFoundError, NotADirectoryError):
             return None
 

@@ -60,10 +60,11 @@ class S3Store(Store):
         bucket, _, prefix = uri.removeprefix("s3://").partition("/")
         return cls(bucket, prefix)
 
-    def fetch(self, key: str) -> tuple[bytes, str] | None:
+    def fetch(self, key: str, most: int | None = None) -> tuple[bytes, str] | None:
         """Bytes and ETag from one answer, so that they belong together."""
         with self._errors(key), missing_is_none():
             answer = self._client.get_object(**self._at(key))
+            self._bound(key, answer["ContentLength"], most)
             return answer["Body"].read(), answer["ETag"]
         return None
 

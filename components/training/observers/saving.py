@@ -20,7 +20,7 @@ class Saving(Observer):
         """This rank's samples of each step since the last save."""
         task = state.task
         self._saver = checkpoints.Saver(
-            task.folder, task.guard, task.settings.keep_checkpoints, state.scratch
+            task.folder, task.guard, task.settings.keep_checkpoints, state.scratch, task.earlier
         )
 
     def stepped(self, report: StepReport, entry: Entry) -> None:

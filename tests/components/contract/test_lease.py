@@ -180,7 +180,7 @@ class Busy(FolderStore):
         type(self).tries += 1
         return False
 
-    def fetch(self, key: str) -> tuple[bytes, str] | None:
+    def fetch(self, key: str, most: int | None = None) -> tuple[bytes, str] | None:
         if self.tries > 200:
             raise StoreError("200 tries")
         return None

@@ -121,5 +121,7 @@ def test_removed_artifact_leaves_nothing(artifact: Artifact, root: str) -> None:
 
 
 def test_manifest_survives_its_own_bytes(tmp_path: Path) -> None:
-    manifest = Manifest(component="a", version="1", digest="d", recipe={"x": [1.5, None]}, files=[], code="c")
+    manifest = Manifest(
+        component="a", version="1", digest="d" * 64, recipe={"x": [1.5, None]}, files=[], code="c"
+    )
     assert Manifest.model_validate_json(manifest.to_bytes()) == manifest

@@ -74,11 +74,11 @@ def test_training_goes_on_while_a_checkpoint_is_stored_and_the_next_one_waits(
         (local / "state.json").write_text("{}")
 
     saver.save(1, write)
-    assert checkpoints.newest(folder) is None
+    assert checkpoints.newest([folder]) is None
     threading.Timer(0.2, slow.set).start()
     for step in (2, 3, 4):
         saver.save(step, write)
-        assert checkpoints.newest(folder) == f"{step - 1:09d}-{lease.token:06d}"
+        assert checkpoints.newest([folder]) == folder.sub(f"checkpoints/{step - 1:09d}-{lease.token:06d}")
     saver.wait()
     left = {entry.key.split("/")[1] for entry in folder.list("checkpoints/")}
     assert left == {f"{step:09d}-{lease.token:06d}" for step in (3, 4)}
@@ -97,7 +97,7 @@ def test_what_went_wrong_with_a_checkpoint_comes_out_at_the_next(
     saver.save(1, full)
     with pytest.raises(StoreError, match="no space left"):
         saver.save(2, full)
-    assert checkpoints.newest(folder) is None
+    assert checkpoints.newest([folder]) is None
     saver.close()
 
 
@@ -114,7 +114,7 @@ def test_a_run_that_lost_its_artifact_commits_no_checkpoint(
     saver.save(1, write)
     with pytest.raises(LeaseLost):
         saver.wait()
-    assert checkpoints.newest(folder) is None
+    assert checkpoints.newest([folder]) is None
     saver.close()
 
 
