@@ -12,6 +12,7 @@ APART = {
     "tests/house": "the repository itself",
     "tests/k8s": "the manifests in k8s/",
     "tests/recipes": "what docs/extending.md tells people to do",
+    "tests/security": "what hostile input and faults of the world must not do",
     "tests/support": "no tests: what they share",
 }
 OF_A_FOLDER = {
