@@ -125,6 +125,7 @@ class Register(Component):
             "alias": decision.alias,
             "decision": decision.reason,
         }
+        job.notes["registry"] = registry.uri
         job.run.tags({"registered_model": uri, **told})
         job.say(f"{uri} is {decision.alias}: {decision.reason}")
 

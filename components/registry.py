@@ -92,6 +92,23 @@ def tracking_uri(root: str) -> str:
     return named or f"sqlite:///{open_store(root).local_path or Path('runs').absolute()}/mlflow.db"
 
 
+def existing_registry(root: str) -> Registry:
+    """The registry that belongs to `root`; RefusedInput where root or database do not exist: none is made."""
+    store = open_store(root)
+    if store.local_path is not None and not store.local_path.is_dir():
+        raise RefusedInput(
+            f"--root {root}: there is no folder {store.uri}; name the root that was trained in"
+        )
+    uri = tracking_uri(root)
+    database = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:///") and not database.is_file():
+        raise RefusedInput(
+            f"--root {root}: there is no MLflow database at {database}: set MLFLOW_TRACKING_URI to the one that it was "
+            "trained with"
+        )
+    return Registry(uri)
+
+
 def model_folder(model: str, root: str) -> Path:
     """`open_model`, with the MLflow that belongs to `root`."""
     return open_model(model, Tracking(tracking_uri(root)))

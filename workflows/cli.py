@@ -203,20 +203,33 @@ def rollback(
 @app.command()
 def prune(
     root: Root = "runs",
-    yes: Annotated[bool, typer.Option("--yes", help="Delete what is listed.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Move what is listed to trash/.")] = False,
     fresh: Annotated[
         float,
         typer.Option(
             min=0, help="Minutes for which a finished artifact stays anyway: a run may need it next."
         ),
     ] = 10,
+    keep_days: Annotated[
+        float, typer.Option(min=0, help="Days for which they lie in trash/; 0 deletes at once.")
+    ] = 7,
+    gone: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME/VERSION that you deleted from the registry yourself; repeat."),
+    ] = None,
+    restore: Annotated[
+        str, typer.Option(metavar="COMPONENT/DIGEST", help="Bring one back from trash/, and nothing else.")
+    ] = "",
 ) -> None:
-    """List the artifacts that no registered model comes from."""
+    """List the artifacts that nothing refers to: no registered model, no drop, no version of the dataset."""
     from datetime import timedelta
 
-    from workflows.prune import prune as prune_root
+    from workflows import prune as pruning
 
-    prune_root(root, yes, timedelta(minutes=fresh))
+    if restore:
+        pruning.restore(root, restore)
+    else:
+        pruning.prune(root, yes, timedelta(minutes=fresh), keep_days, gone or ())
 
 
 @app.command()

@@ -9,7 +9,7 @@ import json
 from datetime import UTC, datetime
 
 from components.contract import open_store, say
-from components.registry import BEFORE, CHALLENGER, CHAMPION, Registry, Version, tracking_uri
+from components.registry import BEFORE, CHALLENGER, CHAMPION, Registry, Version, existing_registry
 from llava.errors import RefusedInput
 
 MOVED = "moved."
@@ -17,7 +17,7 @@ MOVED = "moved."
 
 def promote(name: str, version: str, root: str, by: str | None = None, reason: str = "") -> None:
     """Make `version` of `name` the champion; RefusedInput where it is unknown or its files are gone."""
-    registry = Registry(tracking_uri(root))
+    registry = existing_registry(root)
     champion = registry.by_alias(name, CHAMPION)
     wanted = _version(registry, name, version)
     if champion is not None and champion.version == wanted.version:
@@ -29,7 +29,7 @@ def promote(name: str, version: str, root: str, by: str | None = None, reason: s
 
 def rollback(name: str, root: str, by: str | None = None, reason: str = "") -> None:
     """Make the champion before the champion of `name` champion again; RefusedInput where there was none."""
-    registry = Registry(tracking_uri(root))
+    registry = existing_registry(root)
     champion = registry.by_alias(name, CHAMPION)
     if champion is None:
         raise RefusedInput(

@@ -6,8 +6,11 @@ from components.contract.digest import artifact_digest, canonical_json, fingerpr
 from components.contract.lease import Guard, Lease, LeaseLost, acquire, holder
 from components.contract.manifest import (
     MANIFEST,
+    RUN,
     Artifact,
+    Digest,
     FileEntry,
+    Line,
     Manifest,
     artifact_folders,
     artifact_with,
@@ -26,9 +29,11 @@ from components.contract.workspace import Workspace
 
 __all__ = [
     "MANIFEST",
+    "RUN",
     "Artifact",
     "Component",
     "Console",
+    "Digest",
     "Entry",
     "FileEntry",
     "Folder",
@@ -36,6 +41,7 @@ __all__ = [
     "Job",
     "Lease",
     "LeaseLost",
+    "Line",
     "Manifest",
     "Outcome",
     "Settings",

@@ -239,6 +239,12 @@ def holder(folder: Folder) -> LeaseRecord | None:
     return None if found is None or found[0].free else found[0]
 
 
+def read_lease(folder: Folder) -> LeaseRecord | None:
+    """The lease on the artifact in `folder`, free or not; None where there is none."""
+    found = _read(folder)
+    return None if found is None else found[0]
+
+
 def _mine(owner: str, token: int, ttl: float) -> LeaseRecord:
     now = time.time()
     return LeaseRecord(

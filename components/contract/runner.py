@@ -86,6 +86,10 @@ class _Target:
     def say(self, text: str) -> None:
         self.workspace.console.say(text, self.component.name)
 
+    def needed(self) -> set[str]:
+        """Digests of all that it is made from."""
+        return {*self.lineage.values(), *self.external.values()}
+
     def find(self) -> Artifact | None:
         """The finished artifact, verified; None if it is not finished or no longer stands."""
         artifact = self.standing()
@@ -187,7 +191,8 @@ def _tracked_run(plan: _Target, lease: leases.Lease) -> TrackedRun:
             plan.say(f"going on with {plan.address.uri}")
             return run
     run = tracking.start(plan.component.name, parent)
-    record = json.dumps({"mlflow_run_id": run.id, "tracking_uri": tracking.uri}).encode()
+    told = {"mlflow_run_id": run.id, "tracking_uri": tracking.uri, "made_from": sorted(plan.needed())}
+    record = json.dumps(told).encode()
     if not (plan.address.swap(RUN, record, found[1]) if found else plan.address.create(RUN, record)):
         lease.check()
         raise StoreError(f"{plan.address.uri}/{RUN}: changed while it was written: run again")

@@ -12,7 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from components.contract import Entry, Store, open_store, sha256_of
+import pydantic
+from pydantic import Field
+
+from components.contract import Digest, Entry, Line, Store, open_store, sha256_of
 from llava.errors import RefusedInput
 
 READY = "_READY"
@@ -20,15 +23,16 @@ RECORDS = "drops"
 SETTLE_S = 2.0
 
 
-@dataclass(frozen=True)
-class Drop:
+class Drop(pydantic.BaseModel):
     """One finished drop."""
 
-    uri: str
-    digest: str
+    model_config = pydantic.ConfigDict(frozen=True)
+
+    uri: Line
+    digest: Digest
     """Of its files: the same drop has the same digest wherever it is looked at."""
-    files: int
-    size: int
+    files: int = Field(ge=0)
+    size: int = Field(ge=0)
     """Bytes."""
 
 
@@ -110,4 +114,5 @@ def _is_marked(files: list[Entry]) -> bool:
 
 def _drop(uri: str, files: list[Entry]) -> Drop:
     lines = sorted((entry.key.partition("/")[2], entry.size, entry.version) for entry in files)
-    return Drop(uri, sha256_of(lines), len(files), sum(entry.size for entry in files))
+    size = sum(entry.size for entry in files)
+    return Drop(uri=uri, digest=sha256_of(lines), files=len(files), size=size)

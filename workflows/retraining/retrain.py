@@ -8,12 +8,13 @@ was killed goes on with its plan, whatever else came in or became champion meanw
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from components.contract import (
     Artifact,
     Entry,
+    Lease,
     Store,
     acquire,
     open_artifact,
@@ -26,17 +27,15 @@ from components.shard import Shard, ShardSettings
 from components.shard.sources import llava as llava_source
 from components.training.data import source_of
 from components.training.settings import Extra
-from llava.errors import RefusedInput
+from llava.errors import AlreadyRunning, RefusedInput
 from workflows import plan as plans
 from workflows import train
 from workflows.config import WorkflowConfig
 from workflows.plan import Step
 from workflows.retraining.drops import READY, RECORDS, Drop, Looked, look, take
+from workflows.retraining.records import PLACE, PLAN, VERSIONS, RetrainPlan, plan_of, taken
 from workflows.train import Summary, WorkflowRun
 
-PLACE = "retrain"
-PLAN = f"{PLACE}/plan.json"
-VERSIONS = f"{PLACE}/versions"
 IDS_TOLD = 20
 TRAINED = "finetune"
 """The stage that learns from new data."""
@@ -64,27 +63,6 @@ class Retrained:
         """Plain values."""
         summary = self.summary.as_json() if self.summary else {}
         return summary | {name: value for name, value in vars(self).items() if name != "summary"}
-
-
-@dataclass(frozen=True)
-class RetrainPlan:
-    """What one retraining takes, fixed before it starts."""
-
-    drops: list[Drop]
-    contents: dict[str, str]
-    """Of each drop, by its digest: what its files hold, wherever and whenever they were copied."""
-    start: str | None
-    """The champion's artifact, where that is what is trained on."""
-
-    def to_bytes(self) -> bytes:
-        """For the root."""
-        return json.dumps(asdict(self), indent=1).encode()
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> "RetrainPlan":
-        """What `to_bytes` wrote."""
-        value = json.loads(data)
-        return cls([Drop(**one) for one in value["drops"]], value["contents"], value["start"])
 
 
 @dataclass(frozen=True)
@@ -119,13 +97,13 @@ def retrain(config: WorkflowConfig, root: str, prefixes: Sequence[str], wait: bo
         say(f"nothing at all lies under {uri}: is it where new data comes in?", "retrain")
     if not looked.new and store.stat(PLAN) is None:
         return _nothing_new(looked)
-    with acquire(store.sub(PLACE), wait=wait, say=lambda text: say(text, "retrain")):
+    with acquire(store.sub(PLACE), wait=wait, say=lambda text: say(text, "retrain")) as lease:
         # Whoever held the lease before may have taken these drops.
         looked = replace(looked, new=look(root, prefixes, 0).new)
         plan = _standing(store, looked) or _plan(config, root, store, looked)
         if plan is None:
             return _nothing_new(looked)
-        return _run(config, root, plan, looked, wait)
+        return _run(config, root, plan, looked, wait, lease)
 
 
 def _nothing_new(looked: Looked) -> Retrained:
@@ -135,14 +113,14 @@ def _nothing_new(looked: Looked) -> Retrained:
 
 def _standing(store: Store, looked: Looked) -> RetrainPlan | None:
     """The plan of a run that did not end, if its drops still are what they were."""
-    found = store.fetch(PLAN)
+    found = plan_of(store)
     if found is None:
         return None
-    plan = RetrainPlan.from_bytes(found[0])
+    plan, _ = found
     new = {drop.digest for drop in looked.new}
-    taken = [drop.digest for drop in plan.drops if store.stat(f"{RECORDS}/{drop.digest}.json") is not None]
-    gone = [drop.uri for drop in plan.drops if drop.digest not in {*new, *taken}]
-    if gone or len(taken) == len(plan.drops):
+    done = [drop.digest for drop in plan.drops if store.stat(f"{RECORDS}/{drop.digest}.json") is not None]
+    gone = [drop.uri for drop in plan.drops if drop.digest not in {*new, *done}]
+    if gone or len(done) == len(plan.drops):
         if gone:
             say(f"a retraining that did not end is given up: {gone[0]} changed or is gone", "retrain")
         store.delete(PLAN)
@@ -153,7 +131,7 @@ def _standing(store: Store, looked: Looked) -> RetrainPlan | None:
 
 def _plan(config: WorkflowConfig, root: str, store: Store, looked: Looked) -> RetrainPlan | None:
     """A plan of all new drops but those that hold what was taken already; None where none is left."""
-    known = {record["contents"]: record["uri"] for record in _records(store)}
+    known = {record.contents: record.uri for record in taken(store)}
     drops: list[Drop] = []
     contents: dict[str, str] = {}
     for drop in sorted(looked.new, key=lambda drop: drop.uri):
@@ -167,10 +145,12 @@ def _plan(config: WorkflowConfig, root: str, store: Store, looked: Looked) -> Re
         drops.append(drop)
     if not drops:
         return None
-    plan = RetrainPlan(
-        drops, contents, _champion(config, root) if config.retrain.start == "champion" else None
-    )
-    store.write(PLAN, plan.to_bytes())
+    start = _champion(config, root) if config.retrain.start == "champion" else None
+    plan = RetrainPlan(drops=tuple(drops), contents=contents, start=start)
+    if not store.create(PLAN, plan.to_bytes()):
+        raise AlreadyRunning(
+            f"{store.uri}/{PLAN}: another retraining has made its plan; run again to join it"
+        )
     return plan
 
 
@@ -193,25 +173,19 @@ def _contents(drop: Drop) -> str:
     return sha256_of([[entry.key, store.sha256(entry.key)] for entry in store.list() if entry.key != READY])
 
 
-def _records(store: Store) -> list[dict[str, Any]]:
-    """What was taken, the oldest first; of several drops at one place the latest."""
-    found = [json.loads(store.read(entry.key)) for entry in store.list(f"{RECORDS}/")]
-    found = sorted((one for one in found if "datasets" in one), key=lambda one: (one["taken"], one["uri"]))
-    return [
-        one for index, one in enumerate(found) if one["uri"] not in {two["uri"] for two in found[index + 1 :]}
-    ]
-
-
-def _run(config: WorkflowConfig, root: str, plan: RetrainPlan, looked: Looked, wait: bool) -> Retrained:
+def _run(
+    config: WorkflowConfig, root: str, plan: RetrainPlan, looked: Looked, wait: bool, lease: Lease
+) -> Retrained:
     workspace = train.open_workspace(config.name, root, wait)
     start = {TRAINED: open_artifact(plan.start)} if plan.start else {}
     steps = plans.make_plan(config, start=start)
     plans.preflight(steps, workspace)
     with train.running(config, workspace, "retrain") as run:
-        retraining = _Retraining(config, run, plan)
+        retraining = _Retraining(config, run, plan, lease)
         retraining.make(steps)
     summary = run.summary
     assert summary.model is not None
+    lease.check()
     for drop in plan.drops:
         take(root, drop, retraining.note(drop) | {"model": summary.model})
     workspace.store.delete(PLAN)
@@ -223,8 +197,8 @@ def _run(config: WorkflowConfig, root: str, plan: RetrainPlan, looked: Looked, w
 class _Retraining:
     """One run of the workflow on old and new data."""
 
-    def __init__(self, config: WorkflowConfig, run: WorkflowRun, plan: RetrainPlan) -> None:
-        self.config, self.run, self.plan = config, run, plan
+    def __init__(self, config: WorkflowConfig, run: WorkflowRun, plan: RetrainPlan, lease: Lease) -> None:
+        self.config, self.run, self.plan, self.lease = config, run, plan, lease
         self.datasets: dict[str, list[Artifact]] = {}
         """The shards of each new drop, by its digest."""
         self.set_aside: dict[str, dict[str, Any]] = {}
@@ -238,10 +212,10 @@ class _Retraining:
         self.judge_what_was_set_aside()
         places = {drop.uri for drop in self.plan.drops}
         old = [
-            open_artifact(dataset["uri"])
-            for record in _records(self.run.workspace.store)
-            if record["uri"] not in places
-            for dataset in record["datasets"]
+            dataset.open()
+            for record in taken(self.run.workspace.store)
+            if record.uri not in places
+            for dataset in record.datasets or ()
         ]
         new = [dataset for drop in self.plan.drops for dataset in self.datasets[drop.digest]]
         new = [dataset for dataset in new if source_of(dataset).keys]
@@ -255,7 +229,11 @@ class _Retraining:
         parts = [*before, *(_Part("new", one, 1.0) for one in new)]
         self.keep_version([part for part in parts if part.weight])
         trained = self.trained_on(steps[at], [part for part in parts if part.weight])
-        self.run.make([trained, *steps[at + 1 :]])
+        self.lease.check()
+        self.run.make([trained])
+        # Whoever slept through the end of the lease registers nothing beside the one that took over.
+        self.lease.check()
+        self.run.make(steps[at + 1 :])
 
     def trained_on(self, step: Step, parts: Sequence[_Part]) -> Step:
         """Stage 2 on all parts; the first one of weight 1 is its dataset, the others stand beside it."""
