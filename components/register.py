@@ -21,8 +21,6 @@ from components.contract import (
     Manifest,
     Settings,
     Workspace,
-    open_store,
-    read_artifact,
     sha256_of,
 )
 from components.pages.markdown import escape
@@ -32,10 +30,13 @@ from components.registry import (
     CHALLENGER,
     CHAMPION,
     EVALUATION_DIGEST,
+    EVALUATION_URI,
     MODEL,
     MODEL_DIGEST,
+    MODEL_URI,
     Registry,
     Version,
+    artifact_named,
     model_folder,
 )
 from components.scoring.gate import GateSettings, under_floors
@@ -151,13 +152,11 @@ def champion_model(settings: RegisterSettings, workspace: Workspace, evaluation:
         champion = registry.by_alias(settings.name, CHAMPION)
     if champion is None:
         return None
-    uri = champion.tags.get("artifact_uri")
-    found = read_artifact(open_store(uri)) if uri else None
+    found = artifact_named(champion, MODEL_URI, MODEL_DIGEST)
     if found is None:
         # Its score on its own exam stands in its tags; `decide` says whether that can be compared.
-        workspace.console.say(
-            f"champion version {champion.version} lies no more at {uri or 'an artifact'}", "register"
-        )
+        uri = champion.tags.get(MODEL_URI, "an artifact")
+        workspace.console.say(f"champion version {champion.version} lies no more at {uri}", "register")
     return found
 
 
@@ -225,8 +224,7 @@ def _evaluation_of(champion: Version, given: Artifact | None) -> Artifact | None
     """The champion's evaluation: `given` if it is of that model, else the one it was registered with."""
     if given is not None and given.manifest.inputs.get("model") == champion.tags.get(MODEL_DIGEST):
         return given
-    uri = champion.tags.get("evaluation_uri")
-    return read_artifact(open_store(uri)) if uri else None
+    return artifact_named(champion, EVALUATION_URI, EVALUATION_DIGEST)
 
 
 def _log(job: Job, decision: Decision, evaluation: Artifact, champion: Artifact | None) -> None:
@@ -257,7 +255,7 @@ def _find_or_add(
     run_id = manifest.mlflow_run_id
     tags = {
         MODEL_DIGEST: model.digest,
-        "artifact_uri": model.uri,
+        MODEL_URI: model.uri,
         "dataset_digest": dataset_digest(manifest),
         "config_digest": sha256_of([manifest.recipe, manifest.external]),
         "code": manifest.code,
@@ -283,7 +281,7 @@ def dataset_digest(manifest: Manifest) -> str:
 def _scores(evaluation: Artifact) -> dict[str, str]:
     scores = {f"score.{metric}": repr(value) for metric, value in evaluation.manifest.metrics.items()}
     exam = {_EXAM: str(evaluation.manifest.notes.get("questions", ""))}
-    return exam | {EVALUATION_DIGEST: evaluation.digest, "evaluation_uri": evaluation.uri} | scores
+    return exam | {EVALUATION_DIGEST: evaluation.digest, EVALUATION_URI: evaluation.uri} | scores
 
 
 __all__ = [

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.contract import MANIFEST, TrackingError, artifact_with, open_store, read_artifact
+from components.contract import MANIFEST, Artifact, TrackingError, artifact_with, open_store, read_artifact
 from components.contract.tracking import Tracking
 from llava.errors import LlavaError, RefusedInput
 
@@ -20,10 +20,12 @@ MODEL = "model"
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 MODEL_DIGEST, EVALUATION_DIGEST = "artifact_digest", "evaluation_digest"
-"""Tags of a version: the artifacts that it is made of."""
+MODEL_URI, EVALUATION_URI = "artifact_uri", "evaluation_uri"
+"""Tags of a version: the artifacts that it is made of, and where they lie."""
 BEFORE = "champion_before"
 """Tag of a champion: the version from which it took over; empty for the first, and after a rollback from it."""
 
+_NUMBER = re.compile(r"[0-9]{1,9}")
 _REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
 
 
@@ -36,6 +38,13 @@ class Version:
     source: str
     """URI of the stock LLaVA folder."""
     tags: dict[str, str]
+
+
+def artifact_named(version: Version, uri_tag: str, digest_tag: str) -> Artifact | None:
+    """The artifact that two tags of `version` name; None where it is gone, or another lies there."""
+    uri = version.tags.get(uri_tag)
+    found = read_artifact(open_store(uri)) if uri else None
+    return found if found is not None and found.digest == version.tags.get(digest_tag) else None
 
 
 def resolve(uri: str, tracking: Tracking | None = None) -> str:
@@ -97,13 +106,13 @@ def existing_registry(root: str) -> Registry:
     store = open_store(root)
     if store.local_path is not None and not store.local_path.is_dir():
         raise RefusedInput(
-            f"--root {root}: there is no folder {store.uri}; name the root that was trained in"
+            f"root {root}: there is no folder {store.uri}; name the root that was trained in"
         )
     uri = tracking_uri(root)
     database = Path(uri.removeprefix("sqlite:///"))
     if uri.startswith("sqlite:///") and not database.is_file():
         raise RefusedInput(
-            f"--root {root}: there is no MLflow database at {database}: set MLFLOW_TRACKING_URI to the one that it was "
+            f"root {root}: there is no MLflow database at {database}: set MLFLOW_TRACKING_URI to the one that it was "
             "trained with"
         )
     return Registry(uri)
@@ -127,7 +136,9 @@ class Registry:
         return None
 
     def by_version(self, name: str, version: str) -> Version | None:
-        """The version with that number, or None."""
+        """The version with that number, or None; also for what is no number."""
+        if not _NUMBER.fullmatch(version):
+            return None
         with self._errors(missing=("RESOURCE_DOES_NOT_EXIST",)):
             return _version(_client(self.uri).get_model_version(name, version))
         return None

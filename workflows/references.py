@@ -8,7 +8,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
-from components.contract import RUN, Artifact, Folder, Store
+import pydantic
+from pydantic import Field
+
+from components.contract import RUN, Artifact, Folder, Line, Store
 from components.registry import EVALUATION_DIGEST, MODEL_DIGEST, Registry, Version
 from llava.errors import RefusedInput
 from workflows.retraining import records
@@ -60,19 +63,20 @@ def _registrations(
     artifacts: Mapping[str, Artifact], known: Sequence[Version], registry: Registry, gone: Sequence[str]
 ) -> list[str]:
     """Digests of the registrations whose version stands; RefusedInput for one whose version is not there."""
-    by_source = {(one.name, one.version): one for one in known}
+    by_name = {(one.name, one.version): one for one in known}
     standing, missing = [], []
     for artifact in artifacts.values():
         if artifact.manifest.component != "register":
             continue
-        name, version, source = _registered(artifact)
-        found = by_source.get((name, version))
+        model = _registered(artifact)
+        found = by_name.get((model.name, model.version))
         if found is not None and (
-            found.source == source or found.tags.get(MODEL_DIGEST) == artifact.manifest.inputs.get("model")
+            found.source == model.source
+            or found.tags.get(MODEL_DIGEST) == artifact.manifest.inputs.get("model")
         ):
             standing.append(artifact.digest)
-        elif f"{name}/{version}" not in gone:
-            missing.append(f"{name}/{version}")
+        elif (named := f"{model.name}/{model.version}") not in gone:
+            missing.append(named)
     if missing:
         told = ", ".join(missing[:_TOLD]) + (f" and {len(missing) - _TOLD} more" if missing[_TOLD:] else "")
         raise RefusedInput(
@@ -83,16 +87,21 @@ def _registrations(
     return standing
 
 
-def _registered(artifact: Artifact) -> tuple[str, str, str]:
-    """Name, version and source that a registration made."""
-    model = artifact.manifest.notes.get("model")
-    if not isinstance(model, dict) or not all(
-        isinstance(model.get(key), str) for key in ("name", "version", "source")
-    ):
-        raise RefusedInput(
-            f"{artifact.uri}: its manifest names no registered model (notes.model): it is damaged"
-        )
-    return model["name"], model["version"], model["source"]
+class _Model(pydantic.BaseModel):
+    """What a registration made."""
+
+    name: str = Field(pattern=r"^[\w.-]{1,250}$")
+    version: str = Field(pattern="^[0-9]{1,9}$")
+    source: Line
+
+
+def _registered(artifact: Artifact) -> _Model:
+    try:
+        return _Model.model_validate(artifact.manifest.notes.get("model"))
+    except pydantic.ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        where = ".".join(map(str, ("notes", "model", *first["loc"])))
+        raise RefusedInput(f"{artifact.uri}: its manifest is damaged ({where}: {first['msg']})") from None
 
 
 def _check_runs(artifacts: Mapping[str, Artifact], registry: Registry) -> None:

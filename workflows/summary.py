@@ -1,5 +1,6 @@
 """What a person reads at the end of a run, and what to type next."""
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -32,14 +33,14 @@ def show(summary: Summary, workspace: Workspace) -> None:
     if trained := last_giving("model", summary.artifacts.keys() & {one.name for one in training_stages()}):
         say("")
         picture, question = _example(summary)
-        say(
-            f'ask it:  {_command("llava")} ask --model {summary.artifacts[trained]} --image {picture} "{question}"'
-        )
+        # Questions and names come out of data: what a person may paste into a shell is quoted for it.
+        asked = ["ask", "--model", summary.artifacts[trained], "--image", picture, question]
+        say(f"ask it:  {shlex.join([_command('llava'), *asked])}")
         tracking = workspace.tracking.uri
         shown = (
             tracking
             if tracking.startswith("http")
-            else f"{_command('mlflow')} ui --backend-store-uri {tracking}"
+            else shlex.join([_command("mlflow"), "ui", "--backend-store-uri", tracking])
         )
         say(f"look at it:  {shown}")
 

@@ -95,16 +95,23 @@ def files_note(files: Files) -> dict[str, Any]:
 def files_of(note: dict[str, Any], folder: Path) -> Files:
     """What `files_note` wrote, in `folder`."""
 
+    def inside(name: str) -> Path:
+        if name in ("", "..") or name != Path(name).name:
+            raise RefusedInput(
+                f"{folder}: its manifest names the file {name!r}, which must lie in it: it is damaged"
+            )
+        return folder / name
+
     def path(name: str | None) -> Path | None:
-        return None if name is None else folder / name
+        return None if name is None else inside(name)
 
     return Files(
         answers=path(note["answers"]),
         questions=path(note["questions"]),
-        labels={split: folder / name for split, name in note["labels"].items()},
+        labels={split: inside(name) for split, name in note["labels"].items()},
         splits=path(note["splits"]),
         split=note["split"],
-        reviews=[folder / name for name in note["reviews"]],
+        reviews=[inside(name) for name in note["reviews"]],
         max_failed=note["max_failed"],
     )
 

@@ -22,7 +22,7 @@ from components.contract import (
     say,
     sha256_of,
 )
-from components.registry import CHAMPION, Registry
+from components.registry import CHAMPION, MODEL_DIGEST, MODEL_URI, Registry, artifact_named
 from components.shard import Shard, ShardSettings
 from components.shard.sources import llava as llava_source
 from components.training.data import source_of
@@ -158,13 +158,13 @@ def _champion(config: WorkflowConfig, root: str) -> str:
     """The artifact of the champion that is trained on."""
     name = config.register_.name
     champion = Registry(train.tracking_uri(root)).by_alias(name, CHAMPION)
-    uri = champion.tags.get("artifact_uri") if champion else None
-    if uri is None:
+    found = artifact_named(champion, MODEL_URI, MODEL_DIGEST) if champion else None
+    if found is None:
         raise RefusedInput(
-            f"retrain.start=champion: {name} has no champion that comes from an artifact: run `llava train` first, "
+            f"retrain.start=champion: {name} has no champion whose artifact is there: run `llava train` first, "
             "or set retrain.start=pretrain"
         )
-    return uri
+    return found.uri
 
 
 def _contents(drop: Drop) -> str:

@@ -155,9 +155,15 @@ def _sit(model: Artifact, exam: Artifact, workspace: Workspace) -> Artifact:
             f"{exam.uri}: the questions it was asked ({digest[:16]}) lie no more in {workspace.store.uri}; evaluate "
             "the models again"
         )
-    return run_component(
-        Evaluate(), _settings(exam), {"model": model, "questions": questions}, workspace
-    ).artifact
+    settings = _settings(exam)
+    judged = [one.judge.url for one in settings.benchmarks if one.judge is not None]
+    if judged and exam.root != workspace.store:
+        # An artifact from elsewhere must not choose who gets this machine's key.
+        raise RefusedInput(
+            f"{exam.uri}: it comes from another root and names a judge at {judged[0]}: evaluate your models with "
+            "`llava evaluate` and a judge of your own"
+        )
+    return run_component(Evaluate(), settings, {"model": model, "questions": questions}, workspace).artifact
 
 
 def _settings(evaluation: Artifact) -> EvaluateSettings:
