@@ -96,7 +96,7 @@ class Register(Component):
                     f"{', '.join(measured) or 'nothing'}"
                 )
 
-    def run(self, job: Job) -> None:
+    def run(self, job: Job[RegisterSettings]) -> None:
         """Check the files, make or find the version, decide, set tags and alias."""
         settings: RegisterSettings = job.settings
         model, evaluation = job.inputs["model"], job.inputs["evaluation"]
@@ -227,7 +227,9 @@ def _evaluation_of(champion: Version, given: Artifact | None) -> Artifact | None
     return artifact_named(champion, EVALUATION_URI, EVALUATION_DIGEST)
 
 
-def _log(job: Job, decision: Decision, evaluation: Artifact, champion: Artifact | None) -> None:
+def _log(
+    job: Job[RegisterSettings], decision: Decision, evaluation: Artifact, champion: Artifact | None
+) -> None:
     """What was compared, as metrics and as a table over benchmarks and models."""
     for name, comparison in decision.comparisons.items():
         for score, found in comparison.differences.items():

@@ -105,9 +105,7 @@ def existing_registry(root: str) -> Registry:
     """The registry that belongs to `root`; RefusedInput where root or database do not exist: none is made."""
     store = open_store(root)
     if store.local_path is not None and not store.local_path.is_dir():
-        raise RefusedInput(
-            f"root {root}: there is no folder {store.uri}; name the root that was trained in"
-        )
+        raise RefusedInput(f"root {root}: there is no folder {store.uri}; name the root that was trained in")
     uri = tracking_uri(root)
     database = Path(uri.removeprefix("sqlite:///"))
     if uri.startswith("sqlite:///") and not database.is_file():

@@ -155,7 +155,9 @@ def draw(things: Sequence[Thing], where: Sequence[Box], rng: random.Random) -> I
     return image.reduce(_ANTIALIAS)
 
 
-def _shape(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, width: float, fill: tuple) -> None:
+def _shape(
+    pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, width: float, fill: tuple[int, ...]
+) -> None:
     """Every shape touches all four sides of its box."""
     right, bottom = x + width, y + width
     if shape == "circle":

@@ -149,9 +149,9 @@ def varlen(
             row_key, row_value = (part.repeat_interleave(groups, dim=1) for part in (row_key, row_value))
     longest = max(segments.lengths)
     bounds = segments.bounds
-    return varlen_attn(row_query, row_key, row_value, bounds, bounds, longest, longest, **options).unsqueeze(
-        0
-    )
+    mixed: Any = varlen_attn(row_query, row_key, row_value, bounds, bounds, longest, longest, **options)
+    row: torch.Tensor = mixed.unsqueeze(0)
+    return row
 
 
 AttentionInterface.register(SEGMENTS, segment_attention)

@@ -15,9 +15,10 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LlavaConfig
 
 import llava.model
-from llava.conversation import IGNORE, IMAGE, Encoder
+from llava.conversation import IGNORE, Encoder
 from llava.errors import RefusedInput
 from llava.templates import NAMES, OWN, chat_template
+from llava.text_tokenizer import IMAGE
 
 
 def load(folder: str | Path, device: str = "cpu") -> tuple[Any, Any]:
@@ -31,8 +32,8 @@ def load(folder: str | Path, device: str = "cpu") -> tuple[Any, Any]:
         raise RefusedInput(f"{folder} holds no config.json: give a folder that `save_pretrained` wrote")
     try:
         on_cpu = torch.device(device).type == "cpu"
-        saved = LlavaConfig.from_pretrained(folder, local_files_only=True).dtype
-        model = llava.model.load(folder, torch.float32 if on_cpu or saved is None else saved)
+        saved = llava.model.dtype_of(LlavaConfig.from_pretrained(folder, local_files_only=True))
+        model: Any = llava.model.load(folder, torch.float32 if on_cpu else saved)
         processor = llava.model.load_processor(folder)
     except (OSError, ValueError) as error:
         raise RefusedInput(f"{folder} cannot be loaded as a LLaVA: {error}") from error
@@ -137,18 +138,18 @@ def pixel_values(processor: Any, image: Image.Image | None) -> torch.Tensor | No
     """`image` as the vision tower reads it: (channels, height, width), normalised."""
     if image is None:
         return None
-    return processor.image_processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+    pixels: torch.Tensor = processor.image_processor(image.convert("RGB"), return_tensors="pt")[
+        "pixel_values"
+    ][0]
+    return pixels
 
 
 def image_tokens(processor: Any, px: torch.Tensor) -> int:
     """Slots that the image `px` (channels, height, width) fills, counted as the stock processor does."""
     height, width = px.shape[-2:]
     patches = (height // processor.patch_size) * (width // processor.patch_size)
-    return (
-        patches
-        + processor.num_additional_image_tokens
-        - (processor.vision_feature_select_strategy == "default")
-    )
+    dropped: bool = processor.vision_feature_select_strategy == "default"
+    return int(patches + processor.num_additional_image_tokens) - dropped
 
 
 def _human(question: str, px: torch.Tensor | None) -> str:
@@ -180,7 +181,8 @@ def _stock_prompt(processor: Any, question: str, px: torch.Tensor | None) -> lis
     slots = ids.count(slot)
     if slots != (px is not None):
         raise RefusedInput(f"the folder's chat template writes {slots} image slots for one picture")
-    return [new for old in ids for new in ([old] * (image_tokens(processor, px) if old == slot else 1))]
+    times = 1 if px is None else image_tokens(processor, px)
+    return [new for old in ids for new in ([old] * (times if old == slot else 1))]
 
 
 def _batch(

@@ -25,11 +25,12 @@ from transformers import (
 )
 
 from llava.attention import packing_attention
-from llava.conversation import IMAGE, Encoder
+from llava.conversation import Encoder
 from llava.data.collate import PackedRow
 from llava.errors import RefusedInput
 from llava.pixels import Fit, Pixels, fitted
 from llava.templates import chat_template, check_name, is_chat
+from llava.text_tokenizer import IMAGE
 from llava.towers import family_of
 
 PARTS = {
@@ -103,9 +104,11 @@ def join(
         model.model.multi_modal_projector.to_empty(device="cpu")
         _initialise(model.model.multi_modal_projector, reading.projector, config.text_config)
     model.model.multi_modal_projector.to(language.dtype)
-    model.model.vision_tower = vision.to(language.dtype)
+    tower: nn.Module = vision
+    model.model.vision_tower = tower.to(dtype=language.dtype)
     model.model.language_model = language.base_model
-    model.lm_head = language.get_output_embeddings()
+    head: Any = language.get_output_embeddings()
+    model.lm_head = head
     model.tie_weights()
     model.eval()
     _check_same(model, language)
@@ -134,7 +137,7 @@ def _cls_positions(vision: PreTrainedModel, reading: Reading) -> int:
 
 
 @torch.no_grad()
-def _initialise(projector: nn.Module, kind: str, text: Any) -> None:
+def _initialise(projector: Any, kind: str, text: Any) -> None:
     """As stock LLaVA begins; a single linear layer is kept with an identity behind it."""
     std = getattr(text, "initializer_range", None) or 0.02
     for layer in (projector.linear_1, projector.linear_2):
@@ -161,7 +164,7 @@ def check_packing(config: LlavaConfig, max_length: int) -> None:
     Packed rows attend to their own sample, causally and over all of it; a window that is shorter than a sample,
     or scores that are capped, would be ignored in training and not at inference.
     """
-    text = config.text_config
+    text: Any = config.text_config
     window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
     if window and window < max_length:
         raise RefusedInput(
@@ -212,7 +215,7 @@ def load(folder: Path, dtype: torch.dtype) -> LlavaForConditionalGeneration:
     Weights that are missing are refused: transformers would make them up.
     """
     quiet()
-    model, report = LlavaForConditionalGeneration.from_pretrained(
+    loaded: Any = LlavaForConditionalGeneration.from_pretrained(
         folder,
         dtype=dtype,
         local_files_only=True,
@@ -220,7 +223,8 @@ def load(folder: Path, dtype: torch.dtype) -> LlavaForConditionalGeneration:
         attn_implementation="sdpa",
         output_loading_info=True,
     )
-    if lost := sorted(report["missing_keys"]):
+    model: LlavaForConditionalGeneration = loaded[0]
+    if lost := sorted(loaded[1]["missing_keys"]):
         raise RefusedInput(f"{folder}: {len(lost)} weights are missing, such as {lost[0]}")
     return model
 
@@ -234,9 +238,16 @@ def load_processor(folder: Path, fit: Fit = "model") -> Any:
         folder, local_files_only=True, trust_remote_code=False, backend="pil"
     )
     if fit != "model":
-        edge = load_config(folder).vision_config.image_size
+        vision: Any = load_config(folder).vision_config
+        edge = vision.image_size
         processor.image_processor = fitted(processor.image_processor, fit, edge)
     return processor
+
+
+def dtype_of(config: LlavaConfig) -> torch.dtype:
+    """The precision that a folder's weights are kept in; fp32 where it names none."""
+    named = config.dtype
+    return named if isinstance(named, torch.dtype) else getattr(torch, named or "float32")
 
 
 def load_config(folder: Path) -> LlavaConfig:
@@ -251,10 +262,10 @@ def image_tokens(model_config: LlavaConfig) -> int:
 
 def features(config: LlavaConfig) -> int:
     """Features that the tower gives for one picture. Raises `RefusedInput` for a tower that is not known."""
-    vision = config.vision_config
+    vision: Any = config.vision_config
     before = family_of(vision.model_type).before_patches
     dropped = config.vision_feature_select_strategy == "default"
-    return (vision.image_size // vision.patch_size) ** 2 + before - dropped
+    return int((vision.image_size // vision.patch_size) ** 2) + before - dropped
 
 
 def image_cost(model: LlavaForConditionalGeneration) -> float:
@@ -263,10 +274,10 @@ def image_cost(model: LlavaForConditionalGeneration) -> float:
     seen = (tower.config.image_size // tower.config.patch_size) ** 2 * sum(
         p.numel() for p in tower.parameters()
     )
-    return seen / (3 * sum(p.numel() for p in text.layers.parameters()))
+    return float(seen / (3 * sum(p.numel() for p in text.layers.parameters())))
 
 
-def set_trainable(model: nn.Module, parts: list[str]) -> list[str]:
+def set_trainable(model: LlavaForConditionalGeneration, parts: list[str]) -> list[str]:
     """Let exactly `parts` train; returns the names of the trainable parameters, sorted.
 
     Of a linear projector the identity that stands in for a second layer never does.
@@ -320,7 +331,8 @@ class LlavaForTraining(nn.Module):
     def _patches(self, pixels: torch.Tensor) -> torch.Tensor:
         """(N, 3, H, W) uint8 -> (N, P, D_vision): the layer and the rule for CLS come from the config."""
         config, tower = self.stock.config, self.stock.model.vision_tower
-        layers, count = config.vision_feature_layer, config.vision_config.num_hidden_layers + 1
+        vision: Any = config.vision_config
+        layers, count = config.vision_feature_layer, vision.num_hidden_layers + 1
         read = [layer % count for layer in ([layers] if isinstance(layers, int) else layers)]
         states = hidden_states(tower, self.pixels.normalise(pixels, tower.dtype), max(read))
         first = 1 if config.vision_feature_select_strategy == "default" else 0

@@ -27,8 +27,8 @@ def fitted(image_processor: Any, fit: Fit, edge: int) -> Any:
         name: getattr(image_processor, name)
         for name in ("image_mean", "image_std", "rescale_factor", "resample", "do_rescale", "do_normalize")
     }
-    square = {"size": {"shortest_edge": edge}, "crop_size": {"height": edge, "width": edge}}
-    kind = LlavaImageProcessorPil if fit == "pad" else CLIPImageProcessorPil
+    square: dict[str, Any] = {"size": {"shortest_edge": edge}, "crop_size": {"height": edge, "width": edge}}
+    kind: Any = LlavaImageProcessorPil if fit == "pad" else CLIPImageProcessorPil
     return kind(
         **kept,
         **square,

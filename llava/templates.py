@@ -210,9 +210,10 @@ class _Jinja:
             for role, text in said
         ]
         try:
-            return self.tokenizer.apply_chat_template(
+            text: str = self.tokenizer.apply_chat_template(
                 messages, chat_template=self.source, tokenize=False, add_generation_prompt=opened
             )
+            return text
         except Exception as error:
             raise _NotSplit(f"rendering failed with {' '.join(str(error).split())!r}") from error
 
@@ -276,4 +277,4 @@ def _system(jinja: _Jinja, others: list[str], begin: str) -> str:
 
 
 def _adds_begin(tokenizer: Any) -> bool:
-    return tokenizer.encode("")[:1] == [tokenizer.bos_token_id]
+    return bool(tokenizer.encode("")[:1] == [tokenizer.bos_token_id])

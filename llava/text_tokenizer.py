@@ -147,7 +147,8 @@ class TextTokenizer:
     def _stock(self, text: str) -> list[int]:
         if not text:
             return []
-        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False)
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False)
+        return ids
 
 
 def any_of(texts: Iterable[str]) -> str:

@@ -17,14 +17,15 @@ from llava.errors import RefusedInput
 from llava.estimate import GIB, RESERVE, Choice, Corpus, Gpu
 from llava.sizes import (
     PUBLISHED,
+    Flops,
     LanguageSizes,
     Sizes,
     Training,
-    VisionSizes,
     language_sizes,
     llava_sizes,
     vision_sizes,
 )
+from llava.towers.base import VisionSizes
 from workflows import config as configs
 from workflows import plan as plans
 from workflows.config import Expected, WorkflowConfig
@@ -179,7 +180,7 @@ def _parameters(sizes: Sizes) -> dict[str, int]:
     }
 
 
-def _flops(sizes: Sizes, stage: StagePlan) -> arithmetic.Flops:
+def _flops(sizes: Sizes, stage: StagePlan) -> Flops:
     return arithmetic.step_flops(sizes, stage.best.setup, stage.corpus, 1)
 
 

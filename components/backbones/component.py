@@ -16,6 +16,7 @@ from llava.errors import RefusedInput
 from llava.pixels import Fit, fitted
 from llava.templates import NAMES
 from llava.towers import FAMILIES
+from llava.towers.base import VisionSizes
 
 RECORD = "record.json"
 _PARTS = ("vision_tower", "multi_modal_projector", "language_model")
@@ -109,7 +110,7 @@ class Backbones(Component):
                 digest.update(path.relative_to(tiny.TOWERS).as_posix().encode() + b"\0" + path.read_bytes())
         return {"towers": digest.hexdigest()}
 
-    def run(self, job: Job) -> None:
+    def run(self, job: Job[BackbonesSettings]) -> None:
         settings: BackbonesSettings = job.settings
         if settings.kind == "hub":
             vision, language = (
@@ -130,7 +131,7 @@ class Backbones(Component):
         _join(job, towers / tiny.VISION, towers / tiny.LANGUAGE)
 
 
-def _join(job: Job, vision_folder: Path, language_folder: Path) -> None:
+def _join(job: Job[BackbonesSettings], vision_folder: Path, language_folder: Path) -> None:
     import torch
 
     settings: BackbonesSettings = job.settings
@@ -178,6 +179,6 @@ def _check_published(location: str | None, config: dict[str, Any]) -> None:
     expected = sizes.PUBLISHED.get(location or "")
     if expected is None:
         return
-    read = sizes.vision_sizes if isinstance(expected, sizes.VisionSizes) else sizes.language_sizes
+    read = sizes.vision_sizes if isinstance(expected, VisionSizes) else sizes.language_sizes
     if (found := read(config)) != expected:
         raise RefusedInput(f"{location}: expected the published {expected}, found {found}")

@@ -52,7 +52,7 @@ class Given(Component):
         """The fingerprint of the folder."""
         return {"model": fingerprint(settings.uri)}
 
-    def run(self, job: Job) -> None:
+    def run(self, job: Job[GivenSettings]) -> None:
         settings: GivenSettings = job.settings
         store = open_store(settings.uri)
         names = [entry.key for entry in store.list() if entry.key.endswith(_TAKEN) and "/" not in entry.key]
@@ -113,7 +113,7 @@ def _check(folder: Path, uri: str) -> None:
         raise RefusedInput(f"{uri}: no stock LLaVA folder: {' '.join(str(error).split())[:300]}") from error
     if wrong := _mismatch(config, processor):
         raise RefusedInput(f"{uri}: {wrong}")
-    models.load(folder, config.dtype)
+    models.load(folder, models.dtype_of(config))
 
 
 def _mismatch(config: Any, processor: Any) -> str | None:

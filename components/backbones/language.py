@@ -106,7 +106,8 @@ def train_language(
         train_cycle(model, tokenizer, seed, number, say)
         # As they are kept on disk, so that a cycle can start from what the one before left there.
         model.half().float()
-    return model.eval()
+    model.eval()
+    return model
 
 
 def train_cycle(
@@ -267,9 +268,12 @@ def batch(tokenizer: PreTrainedTokenizerFast, samples: Sequence[Sample]) -> Batc
 def hidden_states(model: LlamaForCausalLM, given: Batch) -> Tensor:
     """The last hidden states, (batch, length, width), with text pictures as sums of their words' embeddings."""
     embed = model.get_input_embeddings()
-    sums_SH = (embed(given.words_SW) * given.words_SW.ne(model.config.pad_token_id).unsqueeze(-1)).sum(1)
+    sums_SH = (
+        embed(given.words_SW) * given.words_SW.ne(int(model.config.pad_token_id or 0)).unsqueeze(-1)
+    ).sum(1)
     embedded_BLH = embed(given.ids_BL).masked_scatter(given.slots_BL.unsqueeze(-1), sums_SH)
-    return model.model(inputs_embeds=embedded_BLH).last_hidden_state
+    last_BLH: Tensor = model.model(inputs_embeds=embedded_BLH).last_hidden_state
+    return last_BLH
 
 
 def answer_loss(model: LlamaForCausalLM, given: Batch) -> Tensor:

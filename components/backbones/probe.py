@@ -5,6 +5,7 @@ The language model is given held-out scenes as text; a linear probe reads held-o
 
 import random
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -110,10 +111,13 @@ def _places(
     return torch.stack(by_place, 1).flatten(0, 1), labels
 
 
+T = TypeVar("T")
+
+
 def _with_bias(x_QF: Tensor) -> Tensor:
     return torch.cat([x_QF, torch.ones(len(x_QF), 1)], 1)
 
 
-def _chunks(items: Sequence, size: int) -> Iterator[Sequence]:
+def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]

@@ -83,10 +83,10 @@ class WeightsSource:
 
     def _download(self, say: Callable[[str], None]) -> Path:
         from huggingface_hub import snapshot_download
-        from huggingface_hub import utils as hub
         from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+        from huggingface_hub.utils.tqdm import disable_progress_bars
 
-        hub.disable_progress_bars()
+        disable_progress_bars()
         say(f"{self.what}: fetching {self.location} at {self.revision}")
 
         def get(patterns: list[str]) -> Path:

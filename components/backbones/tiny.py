@@ -11,8 +11,10 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoTokenizer, CLIPVisionModel, LlamaForCausalLM
 
 from components import tiny_world
@@ -64,7 +66,7 @@ def train_towers(out: Path, seed: int, say: Callable[[str], None]) -> dict[str, 
 
 def measure(towers: Path, seed: int, scenes: int) -> dict[str, float]:
     """The gates' figures of the towers in a folder, on `scenes` scenes."""
-    tokenizer = AutoTokenizer.from_pretrained(towers / LANGUAGE, local_files_only=True)
+    tokenizer: Any = AutoTokenizer.from_pretrained(towers / LANGUAGE, local_files_only=True)
     model = LlamaForCausalLM.from_pretrained(towers / LANGUAGE, dtype=torch.float32, local_files_only=True)
     tower = CLIPVisionModel.from_pretrained(towers / VISION, dtype=torch.float32, local_files_only=True)
     return {
@@ -74,7 +76,9 @@ def measure(towers: Path, seed: int, scenes: int) -> dict[str, float]:
 
 
 def _save(model: LlamaForCausalLM | CLIPVisionModel, folder: Path) -> None:
-    model.half().save_pretrained(folder, max_shard_size=SHARD_SIZE)
+    module: nn.Module = model
+    module.half()
+    model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
     for path in folder.iterdir():
         path.chmod(0o644)
 

@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
@@ -190,8 +191,10 @@ def _embed(clip: CLIPModel, ids_BL: Tensor) -> Tensor:
 
 
 def _tower(clip: CLIPModel) -> CLIPVisionModel:
-    tower = CLIPVisionModel(clip.config.vision_config)
+    vision: Any = clip.config.vision_config
+    tower = CLIPVisionModel(vision)
     source = clip.vision_model.state_dict()
     names = {name: name.removeprefix("vision_model.") for name in tower.state_dict()}
     tower.load_state_dict({name: source[bare] for name, bare in names.items()})
-    return tower.eval()
+    tower.eval()
+    return tower

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from components.contract import lease as leases
 from components.contract.attempts import attempt_of, earlier, files_of, next_token, remove_rest, take_over
@@ -219,7 +220,7 @@ def _describe(plan: _Target, run: TrackedRun) -> None:
         run.dataset(f"{title} ({artifact.manifest.component})", artifact.digest, artifact.uri)
 
 
-def _commit(plan: _Target, job: Job, attempt: str, before: str | None) -> Artifact:
+def _commit(plan: _Target, job: Job[Any], attempt: str, before: str | None) -> Artifact:
     """Write the manifest, last, while the lease is certainly ours.
 
     Create-only, or in the place of the manifest of version `before`, which no longer stands.
@@ -257,7 +258,7 @@ def _commit(plan: _Target, job: Job, attempt: str, before: str | None) -> Artifa
     return Artifact(plan.address, manifest)
 
 
-def _files(plan: _Target, job: Job, attempt: str) -> list[FileEntry]:
+def _files(plan: _Target, job: Job[Any], attempt: str) -> list[FileEntry]:
     found = {
         entry.key: entry.size
         for entry in files_of(plan.address, attempt)

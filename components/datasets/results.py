@@ -63,12 +63,12 @@ class ShardResult:
 
     def rows(self, split: str) -> int:
         """Rows of one split."""
-        return sum(file["rows"] for file in self.files if file["split"] == split)
+        return int(sum(file["rows"] for file in self.files if file["split"] == split))
 
     @property
     def samples(self) -> int:
         """Rows of all splits and what was refused."""
-        return sum(file["rows"] for file in self.files) + len(self.refused)
+        return int(sum(file["rows"] for file in self.files)) + len(self.refused)
 
     def refused_by_reason(self) -> dict[str, int]:
         """How many samples were refused, by reason, the most frequent first."""
@@ -124,7 +124,7 @@ class Refusals:
         )
 
 
-def note_refused(job: Job, result: ShardResult) -> None:
+def note_refused(job: Job[Any], result: ShardResult) -> None:
     """Put the refused samples into the manifest (counts, some ids) and all of them into `refused.jsonl`."""
     by_reason: dict[str, list[str]] = {}
     for one in result.refused:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from components.contract.component import Job
 from components.contract.manifest import ATTEMPTS, MANIFEST
@@ -46,7 +46,7 @@ class EarlierShards:
     lines: dict[str, _Line]
 
     @classmethod
-    def of(cls, job: Job) -> EarlierShards | None:
+    def of(cls, job: Job[Any]) -> EarlierShards | None:
         """Those of all other artifacts that the job's component has in its root; None where there are none."""
         store = job.workspace.store.sub(job.component)
         keys = {entry.key for entry in store.list()}

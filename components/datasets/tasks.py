@@ -97,7 +97,7 @@ class ShardOutput:
 
 
 def run_shards(
-    job: Job, tasks: Sequence[ShardTask], *, group: GroupSize, workers: int | None, refusals: Refusals
+    job: Job[Any], tasks: Sequence[ShardTask], *, group: GroupSize, workers: int | None, refusals: Refusals
 ) -> ShardResult:
     """Run the tasks that are not finished yet, at most `workers` at once (None: every CPU of the cluster).
 
@@ -161,7 +161,7 @@ def file_of(split: str, part: int) -> str:
     return f"{split}/part-{part:05d}.parquet"
 
 
-_run = ray.remote(**PLACED)(_run_here)
+_run: Any = ray.remote(**PLACED)(_run_here)
 
 
 def _record(name: str) -> str:
@@ -181,7 +181,7 @@ def _finished(folder: Folder, name: str) -> ShardResult | None:
     return result if whole else None
 
 
-def _together(job: Job, results: Sequence[ShardResult]) -> ShardResult:
+def _together(job: Job[Any], results: Sequence[ShardResult]) -> ShardResult:
     """All results, in the order of the tasks, whichever finished first; their files are declared."""
     together = ShardResult()
     for result in results:
@@ -194,7 +194,7 @@ def _together(job: Job, results: Sequence[ShardResult]) -> ShardResult:
 class _Progress:
     """Plain lines, seconds apart, with the time that is left at the pace so far."""
 
-    def __init__(self, job: Job, tasks: Sequence[ShardTask], waiting: Sequence[ShardTask]) -> None:
+    def __init__(self, job: Job[Any], tasks: Sequence[ShardTask], waiting: Sequence[ShardTask]) -> None:
         self._job, self._shards = job, len(tasks)
         self._all = sum(task.samples for task in tasks)
         self._left = sum(task.samples for task in waiting)

@@ -151,7 +151,9 @@ def _answers(
         return
     import ray
 
-    remote = ray.remote(Answerer).options(num_cpus=1, num_gpus=int(gpu), max_restarts=2, max_task_retries=2)
+    remote: Any = ray.remote(Answerer).options(
+        num_cpus=1, num_gpus=int(gpu), max_restarts=2, max_task_retries=2
+    )
     actors = [remote.remote(model, gpu) for _ in range(min(workers, len(waiting)))]
     coming = {actor.ready.remote(): actor for actor in actors}
     left, busy = deque(waiting), dict[Any, Any]()

@@ -188,7 +188,7 @@ def _headline(result: Result) -> str:
     return f"{result.exam.title}: {headline} {scored.scores[headline]:.4g} of {scored.n:,} questions{told}"
 
 
-def _keep(job: Job, name: str, content: str | Figure) -> None:
+def _keep(job: Job[EvaluateSettings], name: str, content: str | Figure) -> None:
     """Into the artifact and into MLflow."""
     if isinstance(content, str):
         job.folder.write(name, content.encode())

@@ -54,7 +54,7 @@ class Filter(Component):
         """The pipeline that finds the phrases, by its version."""
         return {"model": model_version(settings.model)}
 
-    def run(self, job: Job) -> None:
+    def run(self, job: Job[FilterSettings]) -> None:
         """Count, choose, write."""
         settings: FilterSettings = job.settings
         dataset = job.inputs[DATASET]
@@ -100,7 +100,9 @@ def _look_up(shared: tuple[Phrases, pa.Array], file: FileEntry) -> Postings:
     return look_up(source.table(file), vocabulary)
 
 
-def _write(job: Job, files: Sequence[FileEntry], sizes: Sequence[int], chosen: np.ndarray) -> ShardResult:
+def _write(
+    job: Job[FilterSettings], files: Sequence[FileEntry], sizes: Sequence[int], chosen: np.ndarray
+) -> ShardResult:
     """The chosen rows, by their numbers over all files, and the held-out rows, as new files."""
     settings, dataset = job.settings, job.inputs[DATASET]
     starts = np.cumsum([0, *sizes])

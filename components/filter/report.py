@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from components.contract.component import Job
 from components.datasets.results import ShardResult
 from components.filter.choice import Postings
+from components.filter.settings import FilterSettings
 from components.pages import html
 from llava.data.schema import SPLITS
 
@@ -46,7 +47,7 @@ class PhraseChoice:
         }
 
 
-def report(job: Job, result: ShardResult, choice: PhraseChoice) -> None:
+def report(job: Job[FilterSettings], result: ShardResult, choice: PhraseChoice) -> None:
     """Fill the job's metrics and notes; write the page and the plot, and log both."""
     after, left_out = choice.after(), choice.left_out()
     rows = {split: result.rows(split) for split in SPLITS}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pyarrow.parquet as pq
 
@@ -69,7 +69,7 @@ class Instruct(Component):
             return {}
         return {"prompts": load_prompts(settings.prompts).digest, "checks": VERSION}
 
-    def run(self, job: Job) -> None:
+    def run(self, job: Job[InstructSettings]) -> None:
         """One task for each training file, one for all held-out files together, then the report."""
         settings: InstructSettings = job.settings
         dataset = job.inputs[DATASET]
@@ -150,7 +150,7 @@ def _write_heldout(output: ShardOutput, arguments: tuple[InstructSettings, Folde
     chosen = spread_over_kinds(candidates, settings.heldout_questions, settings.seed)
     output.count("heldout questions/possible", len(candidates))
     output.count("heldout questions/chosen", len(chosen))
-    by_photo: dict[int, list] = {}
+    by_photo: dict[int, list[Any]] = {}
     for question in chosen:
         by_photo.setdefault(question.photo, []).append(question)
     for photo, row in enumerate(_rows(folder, keys)):

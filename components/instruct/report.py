@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from components.contract.component import Job
 from components.datasets.results import ShardResult
 from components.datasets.samples import literal, sample_rows
+from components.instruct.settings import InstructSettings
 from llava.data.images import decode
 from llava.data.schema import SPLITS, Row
 
@@ -22,7 +23,7 @@ SAMPLES_SHOWN = 12
 FIRST_WORDS_SHOWN = 25
 
 
-def report(job: Job, result: ShardResult) -> None:
+def report(job: Job[InstructSettings], result: ShardResult) -> None:
     """Fill the job's metrics and notes, log plots and samples, write `llava_instruct.json`."""
     rows = {split: result.rows(split) for split in SPLITS}
     kinds = {split: result.counted(f"kind, {split}") for split in SPLITS}
@@ -51,7 +52,7 @@ def report(job: Job, result: ShardResult) -> None:
     )
 
 
-def write_ecosystem_file(job: Job, result: ShardResult) -> None:
+def write_ecosystem_file(job: Job[InstructSettings], result: ShardResult) -> None:
     """Training samples as `[{"id", "image", "conversations"}]`, photos by their names, a record a line."""
     path = job.scratch / ECOSYSTEM_FILE
     system, base = job.folder.arrow()

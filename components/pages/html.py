@@ -117,7 +117,7 @@ def drawn(figure: Figure, dpi: int = 80) -> bytes:
     return buffer.getvalue()
 
 
-def publish(job: Job, key: str, data: bytes) -> None:
+def publish(job: Job[Any], key: str, data: bytes) -> None:
     """Make `data` a file of the artifact, and of its MLflow run under its bare name."""
     job.folder.write(key, data)
     local = job.scratch / key.rpartition("/")[2]

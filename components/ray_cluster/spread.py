@@ -32,7 +32,7 @@ Result = TypeVar("Result")
 
 
 def spread(
-    job: Job,
+    job: Job[Any],
     doing: str,
     work: Callable[[Shared, Piece], Result],
     shared: Shared,

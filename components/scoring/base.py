@@ -138,7 +138,7 @@ def read_rows(path: Path) -> list[Record]:
     """The objects of a JSONL file or of a JSON list, in their order."""
     text = read_text(path)
     if text.lstrip().startswith("["):
-        rows = _parse(path, text)
+        rows: list[dict[str, Any]] = _parse(path, text)
     else:
         rows = []
         for number, line in enumerate(text.split("\n"), 1):

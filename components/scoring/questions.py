@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 
 from components.contract.digest import sha256_of
 from components.contract.store import Folder
-from llava.conversation import IMAGE
 from llava.errors import RefusedInput
+from llava.text_tokenizer import IMAGE
 
 NO_KIND = "any"
 """The kind of a question that its dataset gave none."""

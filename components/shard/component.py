@@ -58,7 +58,7 @@ class Shard(Component):
                 f"shard.max_bad={settings.max_bad:g}: {told}. Mend the source, or raise shard.max_bad"
             )
 
-    def run(self, job: Job) -> None:
+    def run(self, job: Job[ShardSettings]) -> None:
         """List, cut into shards of `rows_per_shard`, run the tasks, report."""
         settings: ShardSettings = job.settings
         listing = SOURCES[settings.source].listing(settings)

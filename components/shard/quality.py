@@ -20,6 +20,7 @@ from components.pages import html
 from components.pages.html import Html
 from components.ray_cluster.spread import spread
 from components.shard.fingerprints import CACHE, PICTURES, Fingerprints, groups, near
+from components.shard.settings import ShardSettings
 from llava.data.images import Limits, read_size, thumbnail
 from llava.data.schema import SPLITS, Row, images_of
 
@@ -56,7 +57,8 @@ class Quality:
 
     def numbers(self, column: str) -> np.ndarray:
         """The values of one column that are there."""
-        return self.pictures[column].drop_null().to_numpy()
+        found: np.ndarray = self.pictures[column].drop_null().to_numpy()
+        return found
 
     def ids(self, found: Sequence[Sequence[int]]) -> dict[str, list[Any]]:
         """The first groups as a table: size, splits, and some ids."""
@@ -73,7 +75,7 @@ class Quality:
         }
 
 
-def examine(job: Job, result: ShardResult, limits: Limits, workers: int | None) -> Quality:
+def examine(job: Job[ShardSettings], result: ShardResult, limits: Limits, workers: int | None) -> Quality:
     """Look at every finished shard and compare all pictures."""
     files = [(file["path"], file["sha256"]) for file in result.files]
     reading = Fingerprints(job.folder, job.workspace.store.sub(CACHE), limits)
@@ -106,7 +108,7 @@ def compare(pictures: pa.Table, split: np.ndarray) -> Quality:
     return Quality(pictures, split, len(first), there[first[splits.all(axis=1)]].tolist(), same, alike)
 
 
-def note_quality(job: Job, quality: Quality) -> None:
+def note_quality(job: Job[ShardSettings], quality: Quality) -> None:
     """Put the counts into metrics and manifest, and some ids of what the dataset holds twice."""
     counts = quality.counts()
     names = {name: name.replace(" ", "_") for name in counts}

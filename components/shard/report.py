@@ -12,6 +12,7 @@ from components.datasets.results import ShardResult
 from components.datasets.samples import literal, sample_rows
 from components.pages import html
 from components.shard.quality import examine, note_quality, page, preview
+from components.shard.settings import ShardSettings
 from llava.data.schema import SPLITS, Row
 
 PAGE, SHEET = "report/quality.html", "report/samples.png"
@@ -20,7 +21,7 @@ SHEET_PREVIEW = 240  # px of the longer side: a little more than is printed
 CATEGORIES_IN_NOTES = 20
 
 
-def report(job: Job, result: ShardResult) -> None:
+def report(job: Job[ShardSettings], result: ShardResult) -> None:
     """Fill the job's metrics and notes, and log the pictures."""
     rows = {split: result.rows(split) for split in SPLITS}
     size = sum(file["size"] for file in result.files)

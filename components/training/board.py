@@ -100,7 +100,8 @@ class ProgressClient:
 
     def get(self) -> Progress | None:
         """Where the run is, if somebody knows."""
-        return self._ask(self._actor.get.remote())
+        found: Progress | None = self._ask(self._actor.get.remote())
+        return found
 
     def stop(self) -> None:
         """Ask the workers to save and leave."""
@@ -116,7 +117,8 @@ class ProgressClient:
 
     def stopped_after(self) -> int | None:
         """The step after which the workers left early, or None."""
-        return self._ask(self._actor.stopped_after.remote())
+        step: int | None = self._ask(self._actor.stopped_after.remote())
+        return step
 
     def fail(self, message: str, status: int) -> None:
         """A failure that a restart would only repeat."""
@@ -124,7 +126,8 @@ class ProgressClient:
 
     def failure(self) -> tuple[str, int] | None:
         """What `fail` was told, or None."""
-        return self._ask(self._actor.failure.remote())
+        told: tuple[str, int] | None = self._ask(self._actor.failure.remote())
+        return told
 
     def _ask(self, asked: Any) -> Any:
         try:

@@ -108,7 +108,7 @@ def open_all(sources: Sequence[DatasetFiles], view: str) -> Mixture:
     return Mixture([(source.open(view), source.weight) for source in sources])
 
 
-def measure(job: Job, view: str) -> Coverage:
+def measure(job: Job[Any], view: str) -> Coverage:
     """Every sample's length, kept in the artifact; fails where a dataset loses too many samples.
 
     With `eval_every` the held-out samples to look at are chosen too: `eval_samples` of them, the same every time.
@@ -148,12 +148,12 @@ def _told(coverage: Coverage) -> str:
     )
 
 
-def _keep(job: Job, index: SampleIndex, name: str) -> None:
+def _keep(job: Job[Any], index: SampleIndex, name: str) -> None:
     index.save(job.scratch / name)
     job.folder.upload(job.scratch / name, name)
 
 
-def _enough(job: Job, source: DatasetFiles, coverage: Coverage) -> None:
+def _enough(job: Job[Any], source: DatasetFiles, coverage: Coverage) -> None:
     """Fail where too many samples of a dataset are lost or cut."""
     settings, where = job.settings, source.folder.uri
     if not coverage.samples or coverage.lost > settings.max_lost:
@@ -175,7 +175,7 @@ def _enough(job: Job, source: DatasetFiles, coverage: Coverage) -> None:
 class _Lengths:
     """Measures datasets with a stage's encoder, or finds what an earlier run measured."""
 
-    def __init__(self, job: Job, view: str) -> None:
+    def __init__(self, job: Job[Any], view: str) -> None:
         model, settings = job.inputs["model"], job.settings
         folder = model.local(MODEL)
         tokens = models.image_tokens(models.load_config(folder))

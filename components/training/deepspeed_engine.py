@@ -54,7 +54,8 @@ class DeepSpeedEngine:
         self.device = torch.device(self._ds.device)
 
     def loss(self, row: PackedRow) -> torch.Tensor:
-        return self._ds(row)
+        loss: torch.Tensor = self._ds(row)
+        return loss
 
     def backward(self, loss_sum: torch.Tensor, supervised: int, last: bool) -> None:
         self._ds.backward(loss_sum * (self.world / supervised), scale_wrt_gas=False)
@@ -107,6 +108,7 @@ class DeepSpeedEngine:
     ) -> None:
         from deepspeed import utils as access
 
+        partitioned: Any = parameter
         if self._zero3:
             # The setters for whole tensors fail where the size is not divisible by the world size.
             mine = self._partition(parameter, weight)
@@ -115,7 +117,7 @@ class DeepSpeedEngine:
             access.safe_set_local_optimizer_state(
                 parameter, self._partition(parameter, exp_avg_sq), "exp_avg_sq"
             )
-            parameter.ds_tensor.data.copy_(mine)
+            partitioned.ds_tensor.data.copy_(mine)
             if parameter.data.numel() == weight.numel():
                 # A small parameter stays gathered between steps; its partition alone would not be seen.
                 parameter.data.copy_(weight)
@@ -126,7 +128,7 @@ class DeepSpeedEngine:
             # The setters leave the module's own copy as it was.
             parameter.data.copy_(weight)
 
-    def _partition(self, parameter: nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
+    def _partition(self, parameter: Any, whole: torch.Tensor) -> torch.Tensor:
         size = parameter.ds_tensor.numel()
         padded = torch.zeros(size * self.world, dtype=whole.dtype)
         padded[: whole.numel()] = whole.flatten()

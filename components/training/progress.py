@@ -2,6 +2,7 @@
 
 import threading
 import time
+from typing import Any
 
 from rich import progress as bars
 
@@ -13,7 +14,7 @@ from components.training.board import Progress, ProgressClient
 class Watcher:
     """While it stands: a bar on a terminal, a plain line every few seconds in a log."""
 
-    def __init__(self, client: ProgressClient, job: Job, every: float = 10.0, silence: float = 60.0):
+    def __init__(self, client: ProgressClient, job: Job[Any], every: float = 10.0, silence: float = 60.0):
         self._client, self._job, self._every, self._silence = client, job, every, silence
         self._stop = threading.Event()
         self._told = 0

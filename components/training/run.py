@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from ray.train import get_context
-from torch import distributed
+from torch import distributed, nn
 
 from components.contract import Folder, TrackedRun
 from components.training import checkpoints
@@ -137,5 +137,6 @@ def _write_model(source: Path, weights: dict[str, torch.Tensor], state: RunState
     if settings.lora:
         lora.merge(stock)
     if settings.precision == "bf16":
-        stock = stock.to(torch.bfloat16)
+        module: nn.Module = stock
+        module.to(dtype=torch.bfloat16)
     models.save(stock, models.load_processor(source, settings.image_fit), target, settings.template)

@@ -79,7 +79,7 @@ class TrainingStage(Component):
         _tell(job)
 
 
-def _choose(job: Job, coverage: Coverage, training: Training) -> None:
+def _choose(job: Job[Any], coverage: Coverage, training: Training) -> None:
     """Settings without `auto`; what was chosen is told and noted."""
     config = models.load_config(job.inputs["model"].local(MODEL))
     models.check_packing(config, job.settings.max_length)
@@ -94,7 +94,7 @@ def _choose(job: Job, coverage: Coverage, training: Training) -> None:
         job.say(told)
 
 
-def _run(job: Job, parts: tuple[str, ...], view: str) -> None:
+def _run(job: Job[Any], parts: tuple[str, ...], view: str) -> None:
     # An earlier try may have come as far as its history and no further.
     job.folder.delete(HISTORY)
     settings: TrainSettings = job.settings
@@ -133,23 +133,27 @@ def _run(job: Job, parts: tuple[str, ...], view: str) -> None:
         )
 
 
-def _trainer(job: Job, task: Task) -> Any:
+def _trainer(job: Job[Any], task: Task) -> Any:
     from ray import cloudpickle
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     settings, workers = task.settings, task.settings.workers
     filesystem, base = job.folder.arrow()
+    # mypy sees the classes of Ray Train's first version, which the second one replaces as it is imported.
+    scaling: Any = ScalingConfig
+    run: Any = RunConfig
+    work: Any = train_fn.work
     return TorchTrainer(
-        train_fn.work,
+        work,
         train_loop_config=cloudpickle.dumps(task),
         torch_config=TorchConfig(backend="nccl" if settings.gpu else "gloo"),
-        scaling_config=ScalingConfig(
+        scaling_config=scaling(
             num_workers=(settings.min_workers, workers) if settings.min_workers else workers,
             use_gpu=settings.gpu,
             resources_per_worker={"CPU": settings.cpus_per_worker, **({"GPU": 1} if settings.gpu else {})},
         ),
-        run_config=RunConfig(
+        run_config=run(
             # A name that was used by a completed run would silently resume it.
             name=f"{job.component}-{uuid.uuid4().hex[:12]}",
             storage_path=f"{base}/checkpoints/ray",
@@ -160,7 +164,7 @@ def _trainer(job: Job, task: Task) -> Any:
     )
 
 
-def _fit(trainer: Any, client: ProgressClient, job: Job) -> None:
+def _fit(trainer: Any, client: ProgressClient, job: Job[Any]) -> None:
     """`fit`, in a thread: in the main one Ray would put its own handler of Ctrl-C in the place of the command's.
 
     The first SIGTERM or Ctrl-C asks the workers for a checkpoint and waits for it; the second leaves at once.
@@ -191,7 +195,7 @@ def _fit(trainer: Any, client: ProgressClient, job: Job) -> None:
         raise
 
 
-def _saved(done: Future[None], client: ProgressClient, job: Job) -> int | None:
+def _saved(done: Future[None], client: ProgressClient, job: Job[Any]) -> int | None:
     """The step after which the workers saved, as soon as they tell; None where `fit` or `stop_grace` ends before.
 
     `fit` itself may never return: where the whole process group was signalled, the local cluster is going down as well.
@@ -213,7 +217,7 @@ def _raise_told(client: ProgressClient) -> None:
         raise _ERRORS.get(status, LlavaError)(message)
 
 
-def _tell(job: Job) -> None:
+def _tell(job: Job[Any]) -> None:
     """Metrics, the plot of the curve and one line."""
     history = parse(job.folder.read(HISTORY))
     # What the workers could not log before they ended.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from components.contract import StoreError
 from components.training.board import ProgressClient
@@ -78,12 +79,14 @@ class _Setup:
         prepare_environment(device.type)
         dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
         self.source = task.model.local(MODEL)
-        stock = models.load(self.source, dtype).to(device)
+        stock = models.load(self.source, dtype)
+        module: nn.Module = stock
+        module.to(device=device)
         processor = models.load_processor(self.source, settings.image_fit)
         models.set_trainable(stock, list(task.parts))
         if task.training == "lora":
             lora.inject(stock, settings.adapters(), settings.seed)
-            stock.to(device=device, dtype=dtype)
+            module.to(device=device, dtype=dtype)
         pixels = Pixels(processor.image_processor)
         encoder = self._encoder(processor, stock.config)
         task.folder.download(INDEX, scratch / INDEX)
@@ -111,8 +114,8 @@ class _Setup:
             "parts": list(task.parts),
             "training": task.training,
         }
-        module = models.LlavaForTraining(stock, pixels, settings.attention)
-        self.engine = _engine(settings, module, task.deepspeed, self.collator)
+        training = models.LlavaForTraining(stock, pixels, settings.attention)
+        self.engine = _engine(settings, training, task.deepspeed, self.collator)
         self.heldout: Callable[[], float] | None = None
         if settings.eval_every:
             task.folder.download(HELD_OUT_INDEX, scratch / HELD_OUT_INDEX)
@@ -123,7 +126,7 @@ class _Setup:
             # Of its own: both collators work at the same time, and a tokenizer changes while it does.
             own = self._encoder(models.load_processor(self.source), stock.config)
             collator = Collator(unseen, task.view, own, pixels, plan, budget)
-            self.heldout = partial(heldout_loss, self.engine, module, collator, plan.steps)
+            self.heldout = partial(heldout_loss, self.engine, training, collator, plan.steps)
 
     def _encoder(self, processor: Any, config: Any) -> Encoder:
         settings = self.settings

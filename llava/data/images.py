@@ -27,7 +27,7 @@ import io
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from llava.errors import LlavaError
 
@@ -155,7 +155,7 @@ def _open(data: bytes, limits: Limits) -> tuple[Image.Image, int]:
         raise BadImage("too-many-bytes", f"image has {len(data):,} bytes; limit {limits.max_bytes:,}")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise BadImage("unknown-format", f"image is none of {', '.join(FORMATS)}") from error
     except Image.DecompressionBombError as error:
         raise BadImage("too-many-pixels", f"image is far over {limits.max_pixels / 1e6:g} MP") from error

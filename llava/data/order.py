@@ -34,7 +34,7 @@ def times_seen(group: np.ndarray, weights: np.ndarray, seed: int, epoch: int) ->
     the epochs every sample in turn.
     """
     of_sample = weights[group]
-    times = np.floor(of_sample).astype(np.int64)
+    times: np.ndarray = np.floor(of_sample).astype(np.int64)
     for number, weight in enumerate(np.unique(weights)):
         members = np.flatnonzero(of_sample == weight)
         if drawn := round(float(weight % 1) * len(members)):

@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from llava.conversation import BadSample, Encoder
+from llava.conversation import Encoder
 from llava.data import placement
 from llava.data.order import Epoch, epoch_order, times_seen
 from llava.data.reader import Rows
 from llava.data.samples import VIEWS
 from llava.data.schema import images_of
+from llava.errors import BadSample
 
 _LIGHT = {"image": "image.path", "more_images": "more_images.list.element.path"}
 
@@ -227,4 +228,5 @@ class BatchPlan:
         return times_seen(self.index.group, weights, self.seed, number)
 
     def _cost(self, samples: np.ndarray) -> np.ndarray:
-        return self.index.tokens[samples] + self.image_cost * self.index.images[samples]
+        cost: np.ndarray = self.index.tokens[samples] + self.image_cost * self.index.images[samples]
+        return cost

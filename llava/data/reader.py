@@ -98,7 +98,8 @@ class ParquetRows:
 
     def row(self, group: int, row: int) -> dict[str, Any]:
         """One row as Python values."""
-        return self.table(group).slice(row, 1).to_pylist()[0]
+        values: dict[str, Any] = self.table(group).slice(row, 1).to_pylist()[0]
+        return values
 
     def keep_only(self, groups: Collection[int]) -> None:
         """Forget the row groups that are not among `groups`."""

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from llava.conversation import IMAGE
+from llava.text_tokenizer import IMAGE
 
 Turns = list[dict[str, str]]
 

@@ -109,7 +109,8 @@ class PlainEngine:
         self.updates = 0
 
     def loss(self, row: PackedRow) -> torch.Tensor:
-        return self.module(row)
+        loss: torch.Tensor = self.module(row)
+        return loss
 
     def backward(self, loss_sum: torch.Tensor, supervised: int, last: bool) -> None:
         (loss_sum / supervised).backward()

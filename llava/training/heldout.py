@@ -28,4 +28,4 @@ def heldout_loss(engine: Engine, module: LlavaForTraining, collator: Collator, s
     if engine.world > 1:
         distributed.all_reduce(total)
     loss_sum, supervised = total.tolist()
-    return loss_sum / supervised
+    return float(loss_sum / supervised)

@@ -58,7 +58,8 @@ def compile_layers(language_model: PreTrainedModel, backend: str = "inductor") -
     """
     for name in PACKING.values():
         AttentionInterface.register(name, torch.compiler.disable(AttentionInterface()[name]))
-    for layer in language_model.layers:
+    layers: Any = language_model.layers
+    for layer in layers:
         layer.compile(dynamic=True, backend=backend)
 
 

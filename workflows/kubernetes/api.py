@@ -89,7 +89,8 @@ class Cluster:
     def get(self, name: str) -> RayJob:
         """The RayJob `name`; RefusedInput where there is none."""
         api = self._custom.get_namespaced_custom_object
-        return self._ask(f"RayJob {name}", lambda **kw: api(*self._place, name, **kw))
+        found: RayJob = self._ask(f"RayJob {name}", lambda **kw: api(*self._place, name, **kw))
+        return found
 
     def find(self, label: str) -> list[RayJob]:
         """RayJobs that carry `label` (written key=value)."""

@@ -22,7 +22,7 @@ from components.contract import (
     say,
     sha256_of,
 )
-from components.registry import CHAMPION, MODEL_DIGEST, MODEL_URI, Registry, artifact_named
+from components.registry import CHAMPION, MODEL_DIGEST, MODEL_URI, Registry, artifact_named, tracking_uri
 from components.shard import Shard, ShardSettings
 from components.shard.sources import llava as llava_source
 from components.training.data import source_of
@@ -157,7 +157,7 @@ def _plan(config: WorkflowConfig, root: str, store: Store, looked: Looked) -> Re
 def _champion(config: WorkflowConfig, root: str) -> str:
     """The artifact of the champion that is trained on."""
     name = config.register_.name
-    champion = Registry(train.tracking_uri(root)).by_alias(name, CHAMPION)
+    champion = Registry(tracking_uri(root)).by_alias(name, CHAMPION)
     found = artifact_named(champion, MODEL_URI, MODEL_DIGEST) if champion else None
     if found is None:
         raise RefusedInput(

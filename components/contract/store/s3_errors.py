@@ -25,7 +25,7 @@ def status(error: Any) -> int:
 
 
 def no_bucket(error: Any) -> bool:
-    return error.response.get("Error", {}).get("Code") == "NoSuchBucket"
+    return bool(error.response.get("Error", {}).get("Code") == "NoSuchBucket")
 
 
 def reason(error: Any, bucket: str) -> str:

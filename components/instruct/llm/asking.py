@@ -165,17 +165,17 @@ class Asker:
                 yield request
 
 
-def ask_all(job: Job, work: Work, missing: int, spent: Tokens) -> Tally:
+def ask_all(job: Job[InstructSettings], work: Work, missing: int, spent: Tokens) -> Tally:
     """Ask for everything that is missing; returns what that came to. Ray must be initialised."""
     import ray
 
     settings = work.settings
     count = min(settings.askers, settings.concurrency, missing)
-    shared = None
+    shared: Any = None
     if count > 1:
-        actor = ray.remote(ArtifactLimits).options(num_cpus=0, max_concurrency=10_000)
+        actor: Any = ray.remote(ArtifactLimits).options(num_cpus=0, max_concurrency=10_000)
         shared = actor.remote(settings, spent)
-    remote = ray.remote(Asker).options(
+    remote: Any = ray.remote(Asker).options(
         num_cpus=1,
         max_restarts=RESTARTS,
         max_task_retries=RESTARTS,
@@ -210,7 +210,9 @@ def budget_of(settings: InstructSettings) -> Budget:
 class _Progress:
     """Plain lines, seconds apart, with the time that is left at the pace so far."""
 
-    def __init__(self, job: Job, settings: InstructSettings, missing: int, spent: Tokens) -> None:
+    def __init__(
+        self, job: Job[InstructSettings], settings: InstructSettings, missing: int, spent: Tokens
+    ) -> None:
         self._job, self._missing, self._spent = job, missing, spent
         self._budget = budget_of(settings)
         self._began = self._said = time.monotonic()

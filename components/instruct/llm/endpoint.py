@@ -291,7 +291,7 @@ def _pause(tries: int, asked: float | None) -> float:
     if asked is not None:
         asked = min(asked, LONGEST_ASKED_PAUSE)
         return asked + random.uniform(0, 0.1 + asked / 4)
-    return min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(tries, 10)) * random.uniform(0.5, 1)
+    return min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(tries, 10)) * random.uniform(0.5, 1)
 
 
 async def _sleep(seconds: float, stop: asyncio.Event) -> None:

@@ -12,12 +12,15 @@ from components.instruct.llm.asking import Tally, budget_of
 from components.instruct.llm.filtering import FilterVerdict, Reject, share_rejected
 from components.instruct.llm.limits import Tokens
 from components.instruct.llm.prompts import Prompts
+from components.instruct.settings import InstructSettings
 
 SHOWN_OF_EACH = 5
 SHOWN_LENGTH = 2000
 
 
-def report_teacher(job: Job, prompts: Prompts, tokens: Tokens, tally: Tally, verdict: FilterVerdict) -> None:
+def report_teacher(
+    job: Job[InstructSettings], prompts: Prompts, tokens: Tokens, tally: Tally, verdict: FilterVerdict
+) -> None:
     """Fill the job's metrics and notes, log the plot of rejects and lengths, and some rejects to read."""
     settings = job.settings
     samples = Counter(one.reason for one in verdict.rejects if one.pair is None)

@@ -11,7 +11,7 @@ import asyncio
 import io
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import pyarrow as pa
@@ -202,7 +202,7 @@ def _write(folder: Folder, responses: Sequence[Response]) -> str:
 
 def _files(
     keys: Callable[[], Iterable[str]], folder: Folder, names: Sequence[str]
-) -> Iterator[Iterator[tuple]]:
+) -> Iterator[Iterator[tuple[Any, ...]]]:
     """The rows of every file among `keys()`, each file once; what was folded since it was listed is looked for anew."""
     seen: set[str] = set()
     gone: set[str] = set()

@@ -73,7 +73,7 @@ def make_plan(
 
 
 def answered_tasks(
-    job: Job, dataset: Folder, shards: Sequence[str], counts: Sequence[int]
+    job: Job[InstructSettings], dataset: Folder, shards: Sequence[str], counts: Sequence[int]
 ) -> list[ShardTask]:
     """Have everything answered and judged; the tasks that write the training shards.
 
@@ -109,7 +109,7 @@ def answered_tasks(
     return tasks
 
 
-def _ask(job: Job, work: Work, plan: RequestPlan) -> Tally:
+def _ask(job: Job[InstructSettings], work: Work, plan: RequestPlan) -> Tally:
     settings = work.settings
     found = stored(job.folder)
     missing = {digest: shard for digest, shard in plan.requests.items() if digest not in found.digests}

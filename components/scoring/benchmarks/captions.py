@@ -32,8 +32,8 @@ from components.scoring.benchmarks.reading import Item, Paper, dataset
 from components.scoring.bootstrap import Floats
 from components.scoring.pictures import Picture
 from components.scoring.questions import captioned
-from llava.conversation import IMAGE
 from llava.errors import RefusedInput
+from llava.text_tokenizer import IMAGE
 
 _N = 4
 _TINY, _SMALL = 1e-15, 1e-9
@@ -157,7 +157,7 @@ def _image(row: Record, path: Path) -> str:
 
 def _closest(parts: Record) -> int:
     """The reference length closest to the caption's, the shorter of two."""
-    return min((abs(length - parts["testlen"]), length) for length in parts["reflen"])[1]
+    return int(min((abs(length - parts["testlen"]), length) for length in parts["reflen"])[1])
 
 
 def gather(paper: Paper) -> tuple[list[Item], Files]:

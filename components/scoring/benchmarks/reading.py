@@ -12,8 +12,8 @@ from typing import Any, Protocol
 from components.contract import MANIFEST, Store, open_store, read_artifact
 from components.scoring.base import Files, Record, by_id, get, read_json, read_rows, text_of
 from components.scoring.pictures import Picture
-from llava.conversation import IMAGE
 from llava.errors import RefusedInput
+from llava.text_tokenizer import IMAGE
 
 READ_IN_PLACE = ("images", "data")
 """What is not copied: folders, and datasets."""

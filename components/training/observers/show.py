@@ -27,7 +27,7 @@ class Show(Observer):
         recent = self.state.history[-_RECENT:]
 
         def mean(name: str) -> float:
-            return sum(one[name] for one in recent) / len(recent)
+            return float(sum(one[name] for one in recent)) / len(recent)
 
         self.state.client.put(
             Progress(
