@@ -37,6 +37,7 @@ HASH_UP_TO = 4 << 30  # bytes: a few seconds of hashing; above it, finding an ar
 
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 """Hex sha256."""
+ComponentName = Annotated[str, Field(pattern="^[a-z_]{1,64}$")]
 RunId = Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,64}$")]
 """Of an MLflow run."""
 
@@ -74,7 +75,7 @@ class Manifest(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(frozen=True)
 
-    component: str = Field(pattern="^[a-z_]{1,64}$")
+    component: ComponentName
     version: Line
     digest: Digest
     recipe: dict[str, Any]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import tempfile
 import time
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ from components.contract.workspace import Workspace
 from llava.errors import BudgetReached, LlavaError, Preempted, RefusedInput, Terminated
 
 CHECKPOINTS = "checkpoints"
+_NAME = re.compile("[a-z_]{1,64}")
 _STOPPED = (Preempted, BudgetReached, Terminated, KeyboardInterrupt, SystemExit)
 
 
@@ -75,6 +77,8 @@ class _Target:
     def __init__(
         self, component: Component, settings: Settings, inputs: dict[str, Artifact], workspace: Workspace
     ) -> None:
+        if not _NAME.fullmatch(component.name):
+            raise TypeError(f"component {component.name!r}: its name must be lower-case letters and _")
         self.component, self.settings, self.inputs, self.workspace = component, settings, inputs, workspace
         self.recipe = recipe(settings)
         self.lineage = {name: artifact.digest for name, artifact in inputs.items()}

@@ -92,7 +92,7 @@ class Drill:
 
     def committed(self, stage: str) -> set[str]:
         """The checkpoints of a stage that are complete."""
-        return {path.parent.name for path in self.root.glob(f"{stage}/*/checkpoints/*/COMMITTED")}
+        return {path.parent.name for path in self.root.glob(f"{stage}/*/**/checkpoints/*/COMMITTED")}
 
     def next_checkpoint(self, stage: str) -> None:
         """Until the running command has committed a checkpoint that was not there before."""

@@ -54,7 +54,7 @@ def running(root: Path, cluster: Cluster, log: Path, *more: str) -> Iterator["su
 def first_checkpoint(root: Path, run: "subprocess.Popen[bytes]", log: Path) -> None:
     """Until stage 2 has committed one."""
     deadline = time.monotonic() + WAIT
-    while not list(root.glob("finetune/*/checkpoints/*/COMMITTED")):
+    while not list(root.glob("finetune/*/**/checkpoints/*/COMMITTED")):
         assert run.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.1)
@@ -112,5 +112,5 @@ def test_the_notice_that_a_node_will_be_taken_away_saves_and_ends_with_status_4(
     assert f"nodes are being taken away: {other.node_id}" in told, told
     saved = re.search(r"saved after step (\d+)", told)
     assert saved, told
-    names = [path.parent.name for path in tmp_path.glob("warned/finetune/*/checkpoints/*/COMMITTED")]
+    names = [path.parent.name for path in tmp_path.glob("warned/finetune/*/**/checkpoints/*/COMMITTED")]
     assert int(saved[1]) in {int(name.partition("-")[0]) for name in names}, names

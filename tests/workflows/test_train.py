@@ -206,12 +206,14 @@ def test_an_evaluation_whose_driver_is_killed_goes_on_with_the_batches_that_are_
     driver.wait(30)
     assert not (artifact / "manifest.json").exists()
     batches = list(artifact.glob("checkpoints/answers/**/*.jsonl"))
+    assert batches
     answered = sum(len(batch.read_bytes().splitlines()) for batch in batches)
     again = llava(*command, cwd=tmp_path)
     assert again.status == 0, again.err
     assert f" {answered} of " in again.err, again.err
-    assert (artifact / "answers.jsonl").read_bytes() == (finished / "answers.jsonl").read_bytes()
-    ids = [json.loads(line)["id"] for line in (artifact / "answers.jsonl").read_text().splitlines()]
+    answers = open_artifact(artifact).folder.read("answers.jsonl")
+    assert answers == (finished / "answers.jsonl").read_bytes()
+    ids = [json.loads(line)["id"] for line in answers.splitlines()]
     assert len(ids) == len(set(ids)) == run.summary["scores"]["eval/n"]
 
 

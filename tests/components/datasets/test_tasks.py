@@ -71,19 +71,20 @@ def killed_after(
         process.send_signal(signal.SIGKILL)
         process.wait()
     time.sleep(1)  # the cluster notices the driver's death, a task in flight may still end
-    records = sorted(root.glob("shard/*/checkpoints/shards/*.json"))
+    records = sorted(root.glob("shard/*/**/checkpoints/shards/*.json"))
     written = [
-        folder / file["path"]
+        (file["path"], record.parents[2] / file["path"])
         for record in records
-        for folder in [record.parents[2]]
         for file in json.loads(record.read_text())["files"]
     ]
-    before = {path: path.stat().st_mtime_ns for path in written}
+    before = {name: (path.stat().st_mtime_ns, path.stat().st_ino) for name, path in written}
     resumed = run_in(Shard(), settings, root=root)
     assert not resumed.reused
     if records:
         assert f"800 samples in 40 shards, {len(records)} found finished" in lines.said
-    assert {path: path.stat().st_mtime_ns for path in written} == before
+    # The very files: a second owner takes them over by hard links.
+    after = {name: (Path(resumed.artifact.folder.uri) / name).stat() for name, _ in written}
+    assert {name: (stat.st_mtime_ns, stat.st_ino) for name, stat in after.items()} == before
     whole = run_in(Shard(), settings, root=tmp_path / "whole")
     assert contents(resumed.artifact) == contents(whole.artifact)
     assert resumed.artifact.manifest.notes == whole.artifact.manifest.notes
@@ -94,7 +95,7 @@ def test_a_killed_driver_leaves_finished_shards_that_the_next_run_does_not_redo(
     ray_local: str, mlflow_db: str, run_in: Any, tmp_path: Path, lines: Any
 ) -> None:
     def three(root: Path) -> bool:
-        return len(list(root.glob("shard/*/checkpoints/shards/*.json"))) >= 3
+        return len(list(root.glob("shard/*/**/checkpoints/shards/*.json"))) >= 3
 
     assert killed_after(three, ray_local, mlflow_db, run_in, tmp_path, lines) >= 3
     assert any("found finished" in line for line in lines.said)
@@ -108,7 +109,7 @@ def test_a_driver_killed_at_a_random_moment_costs_no_finished_shard(
     shards, pause, reached = random.randrange(36), random.uniform(0, 0.3), list[float]()
 
     def then(root: Path) -> bool:
-        if not reached and len(list(root.glob("shard/*/checkpoints/shards/*.json"))) >= shards:
+        if not reached and len(list(root.glob("shard/*/**/checkpoints/shards/*.json"))) >= shards:
             reached.append(time.monotonic())
         return bool(reached) and time.monotonic() - reached[0] > pause
 

@@ -138,7 +138,7 @@ def test_a_crash_before_the_commit_gives_the_same_answers_file(
 def test_a_dataset_without_held_out_rows_is_refused(
     run_in: Callable[..., Any], inputs: dict[str, Artifact], tmp_path: Path
 ) -> None:
-    empty = run_in(Given("no-rows", dataset(tmp_path / "empty", [])), GivenSettings()).artifact
+    empty = run_in(Given("no_rows", dataset(tmp_path / "empty", [])), GivenSettings()).artifact
     with pytest.raises(RefusedInput, match="no held-out rows"):
         run_in(Evaluate(), EvaluateSettings(), inputs | {"questions": empty})
 

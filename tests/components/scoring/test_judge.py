@@ -207,7 +207,7 @@ def test_kill_9_repeats_only_the_judgements_since_they_were_last_kept(
     process = subprocess.Popen([sys.executable, "-c", code, str(root), mlflow_db, entry], cwd=REPOSITORY)
 
     def kept() -> list[str]:
-        found = list(root.glob("evaluate/*/checkpoints/reviews/*.jsonl"))
+        found = list(root.glob("evaluate/*/**/checkpoints/reviews/*.jsonl"))
         return [
             f"q{json.loads(line)['question_id']}" for path in found for line in path.read_text().splitlines()
         ]

@@ -75,7 +75,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     write_scenes(folder / "more/train/part-00000.parquet", 2, 16)
     write_scenes(folder / "plain/some.parquet", 3, 10)
     found = {name: as_artifact(folder / name, "shard") for name in ("model", "dataset", "more")}
-    return {**found, "plain": dataclasses.replace(found["more"], folder=open_store(folder / "plain"))}
+    return {**found, "plain": dataclasses.replace(found["more"], address=open_store(folder / "plain"))}
 
 
 def stage_inputs(inputs: dict[str, Artifact]) -> dict[str, Artifact]:

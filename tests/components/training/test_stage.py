@@ -157,7 +157,7 @@ def kill_after_checkpoint(root: Path, killed: list[int]) -> None:
     """kill -9 one training worker as soon as a checkpoint is committed."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not killed:
-        if any(root.glob("finetune/*/checkpoints/*/COMMITTED")):
+        if any(root.glob("finetune/*/**/checkpoints/*/COMMITTED")):
             for process in psutil.Process().children(recursive=True):
                 with_name = " ".join(process.cmdline()[:1]) if process.is_running() else ""
                 if "RayTrainWorker" in with_name:

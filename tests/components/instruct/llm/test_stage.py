@@ -201,7 +201,7 @@ def test_an_asker_that_is_killed_is_started_again_and_repeats_at_most_what_it_ha
 def test_judging_anew_asks_nothing(told: Told, run_at: Any, photos: Artifact, key_file: str) -> None:
     artifact, server = told.artifact, told.server
     before = len(server.seen)
-    root = Path(artifact.folder.uri).parents[1]
+    root = Path(artifact.uri).parents[1]
     other = InstructSettings(
         **{**artifact.manifest.recipe, **artifact.manifest.run, "max_words": 30, "max_rejected": 1}
     )
