@@ -1,7 +1,6 @@
 """`llava instruct --dry-run`: what a teacher would be asked about three photos, and what all of it would take."""
 
 from components.contract import run_component
-from components.instruct import training_files
 from components.instruct.llm.estimate import dry_run as lines
 from components.ray_cluster import connection
 from components.shard import Shard
@@ -16,5 +15,5 @@ def dry_run(config: WorkflowConfig, root: str, wait: bool) -> None:
         raise RefusedInput("--dry-run tells what a language model would be asked: set instruct.teacher=llm")
     with connection.disconnecting():
         dataset = run_component(Shard(), config.shard, {}, open_workspace(config.name, root, wait)).artifact
-    for line in lines(config.instruct, dataset.folder, training_files(dataset)):
+    for line in lines(config.instruct, dataset.folder, dataset.parquet("train")):
         print(line)

@@ -90,7 +90,7 @@ def _registrations(
 class _Model(pydantic.BaseModel):
     """What a registration made."""
 
-    name: str = Field(pattern=r"^[\w.-]{1,250}$")
+    name: str = Field(pattern=r"^[\w.-]+$", max_length=250)
     version: str = Field(pattern="^[0-9]{1,9}$")
     source: Line
 

@@ -129,6 +129,10 @@ class Artifact:
         """Hex sha256 of what it was made from."""
         return self.manifest.digest
 
+    def parquet(self, split: str) -> tuple[str, ...]:
+        """The paths of its Parquet files of one split, in their order."""
+        return parquet_in((file.path for file in self.manifest.files), split)
+
     def local(self, subfolder: str = "") -> Path:
         """The local folder with the artifact's files (those under `subfolder`): its own, or a verified copy.
 
@@ -148,6 +152,18 @@ class Artifact:
             for file in files:
                 _download(self.folder, file, root / file.path)
         return root / inside
+
+
+def parquet_in(keys: Iterable[str], folder: str = "") -> tuple[str, ...]:
+    """The Parquet files right inside `folder` among `keys`, sorted; "": beside everything else."""
+    inside = f"{folder}/" if folder else ""
+    return tuple(
+        sorted(
+            key
+            for key in keys
+            if key.startswith(inside) and key.endswith(".parquet") and "/" not in key.removeprefix(inside)
+        )
+    )
 
 
 def place_of(address: Folder, attempt: str) -> Folder:

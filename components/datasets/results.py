@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from components.contract.component import Job
+from llava.data.jsonl import to_jsonl
 from llava.errors import LlavaError
 
 REFUSED_FILE = "refused.jsonl"
@@ -134,5 +135,4 @@ def note_refused(job: Job[Any], result: ShardResult) -> None:
         reason: {"count": len(ids), "ids": ids[:IDS_IN_NOTES]} for reason, ids in sorted(by_reason.items())
     }
     if result.refused:
-        lines = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in result.refused)
-        job.folder.write(REFUSED_FILE, lines.encode())
+        job.folder.write(REFUSED_FILE, to_jsonl(result.refused))

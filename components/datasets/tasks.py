@@ -23,10 +23,11 @@ from typing import Any
 import ray
 
 from components.contract.component import Job
+from components.contract.pace import Due, duration
 from components.contract.store import Folder, open_store
 from components.datasets.results import Refusals, ShardResult, Span
 from components.datasets.reuse import RECORDS, EarlierShards, write_shards_file
-from components.ray_cluster.spread import PLACED, SAY_EVERY_SECONDS, in_flight, result_of
+from components.ray_cluster.spread import PLACED, in_flight, result_of
 from llava.data.schema import SPLITS, DatasetWriter, GroupSize, Row
 
 KEPT = "checkpoints/kept"
@@ -199,7 +200,7 @@ class _Progress:
         self._all = sum(task.samples for task in tasks)
         self._left = sum(task.samples for task in waiting)
         self._done_shards = self._shards - len(waiting)
-        self._started = self._said = time.monotonic()
+        self._started, self._due = time.monotonic(), Due(at_once=False)
         self._pace_from = self._left
         found = f", {self._done_shards:,} found finished" if self._done_shards else ""
         job.say(f"{self._all:,} samples in {self._shards:,} shards{found}")
@@ -209,17 +210,11 @@ class _Progress:
         self._left -= task.samples
 
     def say_sometimes(self) -> None:
-        now = time.monotonic()
-        if now - self._said < SAY_EVERY_SECONDS or not self._left:
+        if not self._left or not self._due():
             return
-        self._said = now
         done = self._all - self._left
         text = f"{done:,} of {self._all:,} samples, {self._done_shards} of {self._shards} shards"
         if made := self._pace_from - self._left:
-            pace = made / (now - self._started)
-            text += f", {pace:,.0f} a second, about {_duration(self._left / pace)} left"
+            pace = made / (time.monotonic() - self._started)
+            text += f", {pace:,.0f} a second, about {duration(self._left / pace)} left"
         self._job.say(text)
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

@@ -6,19 +6,18 @@ the questions without an answer are asked.
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from components.contract import Artifact, Folder
+from components.contract.pace import SAY_EVERY_SECONDS, Due
 from components.ray_cluster.connection import failures_told, resources
 from components.scoring.pictures import Picture, blank
 from llava.data.jsonl import from_jsonl, to_jsonl
 
 RIGHT, BLANK, WRONG = "right_image", "blank_image", "wrong_image"
-SAY_EVERY_SECONDS = 5.0
 PARTS = "checkpoints/answers/"
 """Under `checkpoints/`, which goes when the artifact commits: its answers files hold them all then."""
 
@@ -114,15 +113,14 @@ def answer_all(
     missing = [ask for ask in asks if ask.key not in found]
     if found:
         say(f"{len(asks) - len(missing):,} of {len(asks):,} questions are answered already")
-    last = -SAY_EVERY_SECONDS
+    due = Due()
     for answers in _answers(model, batches(missing, batch_size), workers, gpu, say):
         before_write()
         # No later batch holds the first key of this one: no file is ever written twice.
         folder.write(f"{PARTS}{answers[0]['key']}.jsonl", to_jsonl(answers))
         found |= {answer["key"]: answer for answer in answers}
-        if time.monotonic() - last >= SAY_EVERY_SECONDS or len(found) == len(asks):
+        if due() or len(found) == len(asks):
             say(f"{len(found):,} of {len(asks):,} questions answered")
-            last = time.monotonic()
     return {ask.key: found[ask.key] for ask in asks}
 
 

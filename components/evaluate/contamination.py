@@ -7,17 +7,17 @@ has another hash and is not found.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow.parquet as pq
 
-from components.contract import Artifact, Store, find_artifact, open_store, read_artifact
+from components.contract import Artifact, Store, find_artifact, open_store, parquet_in, read_artifact
 from components.scoring.outcomes import CONTAMINATION
 from llava.data.schema import IMAGE_COLUMNS
 
-TRAIN = "train/"
+TRAIN = "train"
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _lineage(model: Artifact, stores: Collection[Store]) -> tuple[list[_Files], 
             found = find_artifact(digest, stores)
             if found is None:
                 unknown.append(digest)
-            elif keys := _training(file.path for file in found.manifest.files):
+            elif keys := found.parquet(TRAIN):
                 datasets.append(_Files(found.folder, keys))
             else:
                 waiting.append(found)
@@ -114,13 +114,8 @@ def _extra(uri: str) -> _Files | None:
         folder, names = artifact.folder, [file.path for file in artifact.manifest.files]
     else:
         names = [entry.key for entry in folder.list()]
-    names = [name for name in names if name.endswith(".parquet")]
-    keys = _training(names) or tuple(names)
+    keys = parquet_in(names, TRAIN) or tuple(name for name in names if name.endswith(".parquet"))
     return _Files(folder, keys) if keys else None
-
-
-def _training(names: Iterable[str]) -> tuple[str, ...]:
-    return tuple(name for name in names if name.startswith(TRAIN) and name.endswith(".parquet"))
 
 
 def _seek(folder: Store, key: str, wanted: frozenset[str]) -> set[str]:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from components.evaluate.answering import BLANK, RIGHT, WRONG
 from components.evaluate.heldout_scores import Answered, held_out_loss, score, score_by_kind
+from components.pages.markdown import escape
 from components.pages.markdown import table as markdown
 from components.scoring import bootstrap
 from components.scoring.benchmarks import Scored, find
@@ -75,12 +76,12 @@ def page(
 
     `models`: outcomes by benchmark, by what the column is called.
     """
-    lines = ["# Evaluation", "", *(f"- {name}: {value}" for name, value in facts.items())]
+    lines = ["# Evaluation", "", *(f"- {escape(name)}: {escape(value)}" for name, value in facts.items())]
     loss = held_out_loss(heldout)
     lines += [f"- held-out loss: {loss:.4f} nats per token"] if loss is not None else []
     lines += ["", "Scores with their 95 % intervals (bootstrap over the questions):", ""]
     lines += [*markdown(scores_table(models)), "", "![scores](benchmarks.png)", ""]
-    lines += [f"- {remark}" for remark in remarks]
+    lines += [f"- {escape(remark)}" for remark in remarks]
     if heldout:
         lines += ["", "## Held-out questions", ""]
         lines += ["Exact match in percent, shown the question's own picture, a blank one, another one:", ""]

@@ -84,11 +84,8 @@ class Filter(Component):
 
 
 def _files(dataset: Artifact, split: str) -> list[FileEntry]:
-    return [
-        file
-        for file in dataset.manifest.files
-        if file.path.startswith(f"{split}/") and file.path.endswith(".parquet")
-    ]
+    wanted = set(dataset.parquet(split))
+    return [file for file in dataset.manifest.files if file.path in wanted]
 
 
 def _count(source: Phrases, file: FileEntry) -> pa.Table:

@@ -1,7 +1,7 @@
 """Stage `instruct`: conversations about pictures, written from captions and boxes by a text-only teacher."""
 
-from components.instruct.component import Instruct, training_files
+from components.instruct.component import Instruct
 from components.instruct.llm.stage import try_endpoint
 from components.instruct.settings import InstructSettings
 
-__all__ = ["Instruct", "InstructSettings", "training_files", "try_endpoint"]
+__all__ = ["Instruct", "InstructSettings", "try_endpoint"]

@@ -57,7 +57,7 @@ class Instruct(Component):
         """Refuse an input that is no dataset, and what a teacher behind an endpoint cannot do without."""
         if DATASET not in inputs:
             raise RefusedInput(f"instruct needs the input {DATASET!r}, an artifact of shard")
-        if not training_files(inputs[DATASET]):
+        if not inputs[DATASET].parquet("train"):
             raise RefusedInput(f"{inputs[DATASET].uri}: holds no train/*.parquet, so it is no dataset")
         if settings.teacher == "llm":
             read_key(settings)
@@ -73,7 +73,7 @@ class Instruct(Component):
         """One task for each training file, one for all held-out files together, then the report."""
         settings: InstructSettings = job.settings
         dataset = job.inputs[DATASET]
-        train, heldout = training_files(dataset), _files(dataset, "heldout")
+        train, heldout = dataset.parquet("train"), dataset.parquet("heldout")
         counts = [_count(dataset.folder, [key]) for key in train]
         if settings.teacher == "llm":
             tasks = answered_tasks(job, dataset.folder, train, counts)
@@ -98,19 +98,6 @@ class Instruct(Component):
 def _known_language(settings: InstructSettings) -> None:
     if not language_is_known(settings.language):
         raise RefusedInput(f"instruct.language={settings.language}: give an ISO 639 code such as en or de")
-
-
-def training_files(dataset: Artifact) -> list[str]:
-    """The training shards of a dataset, in order."""
-    return _files(dataset, "train")
-
-
-def _files(dataset: Artifact, split: str) -> list[str]:
-    return [
-        file.path
-        for file in dataset.manifest.files
-        if file.path.startswith(f"{split}/") and file.path.endswith(".parquet")
-    ]
 
 
 def _count(folder: Folder, keys: Sequence[str]) -> int:

@@ -1,18 +1,20 @@
 """Pages that show what came out of people's data: one HTML file, pictures inside it, every text escaped.
 
-A page needs nothing else and runs nothing: no script, no link, no request. MLflow shows it as it is.
+A page needs nothing else and runs nothing: no script, no link, no request. MLflow shows it as it is. The templates are
+Jinja's, which escapes whatever is not markup already.
 """
 
 from __future__ import annotations
 
 import base64
-import html
 import io
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+import jinja2
 import numpy as np
+from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -30,53 +32,78 @@ figcaption{font-size:12px;overflow-wrap:anywhere}
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
-class Html(str):
-    """Markup already; any other text is escaped where it is shown."""
+Html = Markup
+"""Markup already; any other text is escaped where it is shown."""
 
 
-def shown(value: object, longest: int = 300) -> Html:
+def shown(value: object, longest: int = 300) -> Markup:
     """A value as text: escaped, on one line, control characters replaced, cut after `longest` characters."""
-    if isinstance(value, Html):
+    if isinstance(value, Markup):
         return value
     if isinstance(value, float):
-        return Html(f"{value:,.3f}".rstrip("0").rstrip("."))
+        return Markup(f"{value:,.3f}".rstrip("0").rstrip("."))
     if isinstance(value, int):
-        return Html(f"{value:,}")
+        return Markup(f"{value:,}")
     line = " ".join(str(value)[: longest + 1].split())
     line = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in line)
-    return Html(html.escape(line[:longest] + "…" if len(line) > longest else line))
+    return escape(line[:longest] + "…" if len(line) > longest else line)
+
+
+_TEMPLATES = jinja2.Environment(
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    keep_trailing_newline=True,
+    loader=jinja2.DictLoader(
+        {
+            "page": (
+                '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{{ title | shown }}</title>'
+                '<meta http-equiv="Content-Security-Policy" content="{{ policy }}"><style>{{ style }}</style></head>'
+                "<body><h1>{{ title | shown }}</h1>{% for part in parts %}{{ part }}{% endfor %}</body></html>\n"
+            ),
+            "section": "<h2>{{ title | shown }}</h2>{% for part in parts %}{{ part }}{% endfor %}",
+            "text": "<p>{{ value | shown(2000) }}</p>",
+            "table": (
+                "<table><tr>{% for name in columns %}<th>{{ name | shown }}</th>{% endfor %}</tr>"
+                "{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell | shown }}</td>{% endfor %}</tr>{% endfor %}"
+                "</table>"
+            ),
+            "bar": '<span class="bar" style="width:{{ width }}em"></span> {{ count | shown }}',
+            "sheet": (
+                '<div class="sheet">{% for picture, said in cells %}<figure>{{ picture }}'
+                "<figcaption>{{ said | shown(160) }}</figcaption></figure>{% endfor %}</div>"
+            ),
+            "image": '<img alt="{{ alternative | shown }}" src="data:image/{{ kind }};base64,{{ inside }}">',
+        }
+    ),
+)
+_TEMPLATES.filters["shown"] = shown
+
+
+def _made(template: str, **values: Any) -> Markup:
+    return Markup(_TEMPLATES.get_template(template).render(values))
 
 
 def page(title: str, parts: Sequence[str]) -> bytes:
-    """The whole file."""
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{shown(title)}</title>'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}"><style>{_STYLE}</style></head>'
-        f"<body><h1>{shown(title)}</h1>{''.join(parts)}</body></html>\n"
-    ).encode()
+    """The whole file; a part that is not markup is escaped."""
+    return _made("page", title=title, parts=parts, policy=Markup(_POLICY), style=Markup(_STYLE)).encode()
 
 
-def section(title: str, *parts: str) -> Html:
+def section(title: str, *parts: str) -> Markup:
     """A heading and what stands under it."""
-    return Html(f"<h2>{shown(title)}</h2>{''.join(parts)}")
+    return _made("section", title=title, parts=parts)
 
 
-def text(value: object) -> Html:
+def text(value: object) -> Markup:
     """A paragraph."""
-    return Html(f"<p>{shown(value, 2000)}</p>")
+    return _made("text", value=value)
 
 
-def table(columns: Mapping[str, Sequence[Any]]) -> Html:
+def table(columns: Mapping[str, Sequence[Any]]) -> Markup:
     """Columns by their heads."""
-    head = "".join(f"<th>{shown(name)}</th>" for name in columns)
-    rows = (
-        f"<tr>{''.join(f'<td>{shown(cell)}</td>' for cell in row)}</tr>"
-        for row in zip(*columns.values(), strict=True)
-    )
-    return Html(f"<table><tr>{head}</tr>{''.join(rows)}</table>")
+    return _made("table", columns=list(columns), rows=zip(*columns.values(), strict=True))
 
 
-def histogram(values: np.ndarray, unit: str, bins: int = 12) -> Html:
+def histogram(values: np.ndarray, unit: str, bins: int = 12) -> Markup:
     """How often which values occur, as bars; the last one per cent at the top share one bar."""
     if not len(values):
         return text("none")
@@ -87,28 +114,20 @@ def histogram(values: np.ndarray, unit: str, bins: int = 12) -> Html:
     edges = step * np.arange(np.floor(low / step), np.floor(high / step) + 2)
     edges[-1] = max(edges[-1], float(values.max()))
     counts, _ = np.histogram(values, edges)
-    bars = [
-        Html(f'<span class="bar" style="width:{24 * count / counts.max():.2f}em"></span> {count:,}')
-        for count in counts
-    ]
+    bars = [_made("bar", width=f"{24 * count / counts.max():.2f}", count=int(count)) for count in counts]
     ends = [f"{first:,.6g} to {last:,.6g}" for first, last in pairwise(edges)]
     return table({unit: ends, "how many": bars})
 
 
-def sheet(pictures: Sequence[tuple[Image.Image | None, str]]) -> Html:
+def sheet(pictures: Sequence[tuple[Image.Image | None, str]]) -> Markup:
     """Pictures side by side, each over its text."""
-    cells = [
-        f"<figure>{image(_jpeg(picture), 'sample', 'jpeg') if picture else ''}"
-        f"<figcaption>{shown(said, 160)}</figcaption></figure>"
-        for picture, said in pictures
-    ]
-    return Html(f'<div class="sheet">{"".join(cells)}</div>')
+    cells = [(image(_jpeg(picture), "sample", "jpeg") if picture else "", said) for picture, said in pictures]
+    return _made("sheet", cells=cells)
 
 
-def image(data: bytes, alternative: str, kind: str = "png") -> Html:
+def image(data: bytes, alternative: str, kind: str = "png") -> Markup:
     """A picture file inside the page."""
-    inside = base64.b64encode(data).decode()
-    return Html(f'<img alt="{shown(alternative)}" src="data:image/{kind};base64,{inside}">')
+    return _made("image", alternative=alternative, kind=kind, inside=base64.b64encode(data).decode())
 
 
 def drawn(figure: Figure, dpi: int = 80) -> bytes:

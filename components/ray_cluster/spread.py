@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 import ray
 
 from components.contract.component import Job
+from components.contract.pace import SAY_EVERY_SECONDS, Due, duration
 from components.contract.store import StoreError
 from llava.errors import LlavaError, RefusedInput
 
 RETRIES = 3
-SAY_EVERY_SECONDS = 5.0
 PLACED: dict[str, Any] = {
     "num_cpus": 1,
     "max_retries": RETRIES,
@@ -47,17 +47,14 @@ def spread(
     """
     task = ray.remote(**PLACED)(work)
     everywhere = ray.put(shared)
-    started = said = time.monotonic()
+    started, due = time.monotonic(), Due(at_once=False)
     finished = 0
 
     def look() -> None:
-        nonlocal said
         job.lease.check()
-        now = time.monotonic()
-        if finished and now - said >= SAY_EVERY_SECONDS:
-            said = now
-            left = (now - started) / finished * (len(pieces) - finished)
-            job.say(f"{doing}: {finished:,} of {len(pieces):,} files, about {left:,.0f} s left")
+        if finished and due():
+            left = (time.monotonic() - started) / finished * (len(pieces) - finished)
+            job.say(f"{doing}: {finished:,} of {len(pieces):,} files, about {duration(left)} left")
 
     def submit(numbered: tuple[int, Piece]) -> Any:
         return task.remote(everywhere, numbered[1])

@@ -22,6 +22,7 @@ from pydantic import Field, field_validator
 
 from components.contract import Settings, refuse_secrets, run_field, without_secret
 from components.scoring.base import Record, by_id, read_rows
+from llava.data.jsonl import to_jsonl
 from llava.errors import RefusedInput
 
 ROLE = "You compare answers to questions about pictures. You are fair and exact, and you follow the wanted format."
@@ -125,9 +126,8 @@ def judge(
         parsed = parse(reply)
         row = wanted[id_].row | {"content": reply} | ({field: parsed} if field else {})
         row |= ({"error": error} if error else {}) | ({"failed_tries": tries} if tries else {})
-        # Half a surrogate pair is valid JSON, and no UTF-8.
-        with lock, path.open("a", encoding="utf-8", errors="replace") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        with lock, path.open("ab") as file:
+            file.write(to_jsonl([row]))
         return parsed is not None, len(tries) - before
 
     with ThreadPoolExecutor(settings.concurrency) as pool:
@@ -205,7 +205,7 @@ def _said(body: str) -> tuple[str | None, str | None]:
 
 def _replace(path: Path, rows: Iterable[Record]) -> None:
     beside = path.with_name(path.name + ".new")
-    beside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    beside.write_bytes(to_jsonl(rows))
     beside.replace(path)
 
 

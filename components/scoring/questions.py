@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from components.contract.digest import sha256_of
+from components.contract.manifest import parquet_in
 from components.contract.store import Folder
 from llava.errors import RefusedInput
 from llava.text_tokenizer import IMAGE
@@ -138,9 +139,8 @@ def exam_digest(questions: Sequence[HeldOutQuestion], wrong: Sequence[int], term
 
 def _files(folder: Folder) -> Iterator[pq.ParquetFile]:
     filesystem, base = folder.arrow()
-    for entry in folder.list("heldout/"):
-        if entry.key.endswith(".parquet"):
-            yield pq.ParquetFile(f"{base}/{entry.key}", filesystem=filesystem)
+    for key in parquet_in((entry.key for entry in folder.list("heldout/")), "heldout"):
+        yield pq.ParquetFile(f"{base}/{key}", filesystem=filesystem)
 
 
 def _unfit(row: dict[str, Any]) -> str | None:

@@ -19,6 +19,7 @@ from components.contract import (
     fingerprint,
     open_artifact,
     open_store,
+    parquet_in,
     read_artifact,
     sha256_of,
 )
@@ -55,8 +56,7 @@ class DatasetFiles:
 
 def source_of(dataset: Artifact, split: str = "train") -> DatasetFiles:
     """The files of one split of a dataset artifact."""
-    keys = [file.path for file in dataset.manifest.files]
-    return DatasetFiles(dataset.folder, dataset.digest, _parquet(keys, f"{split}/"))
+    return DatasetFiles(dataset.folder, dataset.digest, dataset.parquet(split))
 
 
 def extra_sources(stage: str, extra: Sequence[Extra]) -> list[DatasetFiles]:
@@ -69,7 +69,7 @@ def extra_sources(stage: str, extra: Sequence[Extra]) -> list[DatasetFiles]:
         else:
             keys = [entry.key for entry in folder.list()]
             digest = fingerprint(one.uri) if keys else ""
-            source = DatasetFiles(folder, digest, _parquet(keys, "train/") or _parquet(keys, ""))
+            source = DatasetFiles(folder, digest, parquet_in(keys, "train") or parquet_in(keys))
         if not source.keys:
             raise RefusedInput(
                 f"{stage}.extra: {one.uri} holds no Parquet file for training, neither in train/ nor at its top"
@@ -214,14 +214,3 @@ class _Lengths:
 
 def _source_digest(module: Any) -> str:
     return hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()
-
-
-def _parquet(keys: Sequence[str], prefix: str) -> tuple[str, ...]:
-    """Parquet files right under `prefix`, sorted."""
-    return tuple(
-        sorted(
-            key
-            for key in keys
-            if key.startswith(prefix) and key.endswith(".parquet") and "/" not in key.removeprefix(prefix)
-        )
-    )

@@ -7,6 +7,7 @@ from typing import Any
 from rich import progress as bars
 
 from components.contract import Job
+from components.contract.pace import Due, duration
 from components.ray_cluster.connection import resources
 from components.training.board import Progress, ProgressClient
 
@@ -46,7 +47,7 @@ class Watcher:
 
     def _lines(self) -> None:
         said, began, first = -1, time.monotonic(), 0
-        last_said, news = 0.0, time.monotonic()
+        due, news = Due(self._every), time.monotonic()
         while not self._stop.wait(1.0):
             now = self._standing()
             if now is None or now.step == said:
@@ -57,9 +58,8 @@ class Watcher:
             news = time.monotonic()
             if said < 0:
                 began, first = time.monotonic(), now.step
-            if time.monotonic() - last_said >= self._every or now.step == now.steps:
+            if due() or now.step == now.steps:
                 self._job.say(_line(now, began, first))
-                last_said = time.monotonic()
             said = now.step
 
     def _quiet(self) -> str:
@@ -90,7 +90,7 @@ class Watcher:
 def _line(now: Progress, began: float, first: int) -> str:
     spent = time.monotonic() - began
     left = (now.steps - now.step) * spent / (now.step - first) if now.step > first else None
-    remaining = f", {_span(left)} left" if left else ""
+    remaining = f", {duration(left)} left" if left else ""
     return (
         f"step {now.step}/{now.steps}  loss {now.loss:.3f}  "
         f"{now.samples_per_second:.0f} samples/s  {now.tokens_per_second:.0f} tokens/s{_device(now)}{remaining}"
@@ -100,10 +100,3 @@ def _line(now: Progress, began: float, first: int) -> str:
 def _device(now: Progress) -> str:
     mfu = f"  MFU {now.mfu:.1%}" if now.mfu is not None else ""
     return mfu + (f"  {now.gpu_memory_gib:.1f} GiB" if now.gpu_memory_gib is not None else "")
-
-
-def _span(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"

@@ -1,12 +1,12 @@
 """What a run leaves behind step by step: the history, which samples made each step, and the metrics in MLflow."""
 
-import json
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from components.contract import Artifact, TrackedRun, TrackingError
+from llava.data.jsonl import from_jsonl
 
 HISTORY = "history.jsonl"
 """A line per step: its metrics, when it was (`at`, seconds since 1970) and, after a jump of the loss, `spike`."""
@@ -63,7 +63,7 @@ def curves(stage: str, artifact: Artifact) -> list[tuple[str, float, int, int]]:
         return []
     return [
         (f"{stage}/{name.removeprefix('train/')}", float(value), int(entry["step"]), int(entry["at"] * 1000))
-        for entry in parse(artifact.folder.read(HISTORY))
+        for entry in from_jsonl(artifact.folder.read(HISTORY))
         for name, value in metrics(entry).items()
         if name.endswith("/loss")
     ]
@@ -101,13 +101,3 @@ class MetricSender:
 def metrics(entry: Mapping[str, Any]) -> dict[str, float]:
     """What of a history line is a metric."""
     return {name: value for name, value in entry.items() if "/" in name}
-
-
-def lines(entries: Iterable[Any]) -> bytes:
-    """As JSON lines."""
-    return "".join(json.dumps(entry) + "\n" for entry in entries).encode()
-
-
-def parse(data: bytes) -> list[Any]:
-    """What `lines` wrote."""
-    return [json.loads(line) for line in data.decode().splitlines()]

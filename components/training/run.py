@@ -19,10 +19,11 @@ from components.training.observers.saving import Saving
 from components.training.observers.show import Show
 from components.training.observers.spikes import Spikes
 from components.training.observers.stopping import Stopping
-from components.training.record import HISTORY, SAMPLES, Entry, MetricSender, lines, parse
+from components.training.record import HISTORY, SAMPLES, Entry, MetricSender
 from components.training.utilisation import Utilisation
 from llava import lora
 from llava import model as models
+from llava.data.jsonl import from_jsonl, to_jsonl
 from llava.training import checkpoint as files
 from llava.training.loop import StepReport
 
@@ -45,8 +46,8 @@ class Run:
             with checkpoints.fetched(found, first, self._barrier) as local:
                 saved, position = files.read(local, self.identity)
                 state.engine.restore(saved)
-                state.history[:] = parse((local / HISTORY).read_bytes())
-                state.samples[:] = parse((local / SAMPLES).read_bytes())
+                state.history[:] = from_jsonl((local / HISTORY).read_bytes())
+                state.samples[:] = from_jsonl((local / SAMPLES).read_bytes())
             step = position.step
         for one in self.observers:
             one.resumed(step)
@@ -85,9 +86,9 @@ class Run:
         state.task.guard.check()
         for path in sorted(target.iterdir()):
             state.task.folder.upload(path, f"{MODEL}/{path.name}")
-        state.task.folder.write(SAMPLES, lines(state.samples))
+        state.task.folder.write(SAMPLES, to_jsonl(state.samples))
         # Last: who finds the history finds all.
-        state.task.folder.write(HISTORY, lines(state.history))
+        state.task.folder.write(HISTORY, to_jsonl(state.history))
 
     def close(self) -> None:
         """However the run ends."""

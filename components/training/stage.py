@@ -17,12 +17,13 @@ from components.training import auto, checkpoints, data, train_fn
 from components.training.board import ProgressClient, start_progress_actor
 from components.training.data import INDEX, extra_sources, measure
 from components.training.progress import Watcher
-from components.training.record import HISTORY, MetricLog, parse
+from components.training.record import HISTORY, MetricLog
 from components.training.run import MODEL
 from components.training.settings import TrainSettings
 from components.training.task import Task
 from components.training.worker import environment
 from llava import model as models
+from llava.data.jsonl import from_jsonl
 from llava.data.plan import Coverage, SampleIndex
 from llava.errors import BudgetReached, LlavaError, Preempted, RefusedInput, Terminated
 from llava.sizes import Training, llava_sizes
@@ -219,7 +220,7 @@ def _raise_told(client: ProgressClient) -> None:
 
 def _tell(job: Job[Any]) -> None:
     """Metrics, the plot of the curve and one line."""
-    history = parse(job.folder.read(HISTORY))
+    history = from_jsonl(job.folder.read(HISTORY))
     # What the workers could not log before they ended.
     MetricLog(job.run).send(history)
     losses = np.array([entry["train/loss"] for entry in history])

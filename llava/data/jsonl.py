@@ -1,4 +1,7 @@
-"""JSON Lines: one value a line, UTF-8. A text may hold characters at which `str.splitlines` would cut (U+2028)."""
+"""JSON Lines: one value a line, UTF-8. A text may hold characters at which `str.splitlines` would cut (U+2028).
+
+Half a surrogate pair, which JSON can carry and UTF-8 cannot, is written as a question mark.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any
 
 def to_jsonl(values: Iterable[Any]) -> bytes:
     """One JSON value a line."""
-    return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values).encode()
+    return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values).encode(errors="replace")
 
 
 def from_jsonl(data: bytes) -> list[Any]:

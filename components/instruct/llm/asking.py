@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from components.contract import Folder, Guard, Job
+from components.contract.pace import Due, duration
 from components.instruct.llm.endpoint import LOOK_AT, Endpoint
 from components.instruct.llm.endpoint import told as told_by
 from components.instruct.llm.limits import Budget, Gate, Limits, Pace, SharedLimits, Tokens
@@ -23,7 +24,6 @@ from components.instruct.settings import InstructSettings
 from components.ray_cluster.connection import failures_told
 from llava.errors import RefusedInput
 
-SAY_EVERY_SECONDS = 5.0
 CHECK_EVERY_SECONDS = 5.0
 RESTARTS = 3
 FIRST = 20
@@ -215,23 +215,18 @@ class _Progress:
     ) -> None:
         self._job, self._missing, self._spent = job, missing, spent
         self._budget = budget_of(settings)
-        self._began = self._said = time.monotonic()
-
-    def due(self) -> bool:
-        """Whether it is time to say something."""
-        return time.monotonic() - self._said >= SAY_EVERY_SECONDS
+        self._began, self.due = time.monotonic(), Due(at_once=False)
 
     def say(self, finished: Tally, running: Sequence[Tally]) -> None:
         """One line about the askers that are through and those that are not."""
-        self._said = time.monotonic()
         together = Tally()
         for tally in [finished, *running]:
             together.add(tally)
-        pace = together.answered / (self._said - self._began)
+        pace = together.answered / (time.monotonic() - self._began)
         text = f"{together.answered:,} of {self._missing:,} requests answered"
         if together.answered:
             left = (self._missing - together.answered) / pace
-            text += f", {pace:,.1f} a second, about {left:,.0f} s left"
+            text += f", {pace:,.1f} a second, about {duration(left)} left"
         text += f"; {told(self._spent + together.tokens, self._budget)}"
         if together.faults:
             reasons = ", ".join(f"{reason} {count:,}" for reason, count in together.faults.most_common())
@@ -270,12 +265,10 @@ def _so_far(actors: Sequence[Any]) -> list[Tally]:
 
 def _now_and_then(check: Callable[[], None]) -> Callable[[], None]:
     """`check`, called through at most every few seconds: it reads from the store."""
-    last = -CHECK_EVERY_SECONDS
+    due = Due(CHECK_EVERY_SECONDS)
 
     def sometimes() -> None:
-        nonlocal last
-        if time.monotonic() - last >= CHECK_EVERY_SECONDS:
+        if due():
             check()
-            last = time.monotonic()
 
     return sometimes

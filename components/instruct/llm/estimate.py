@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from components.contract import Folder
+from components.contract.pace import duration
 from components.instruct.llm.asking import budget_of
 from components.instruct.llm.limits import WINDOW, Tokens
 from components.instruct.llm.prompts import Prompts, load_prompts
@@ -60,7 +61,7 @@ def _estimate(settings: InstructSettings, prompts: Prompts, plan: RequestPlan) -
             tokens.all * WINDOW / settings.tokens_per_minute
         )
     slowest = max(seconds, key=lambda reason: seconds[reason])
-    yield f"time      about {_duration(seconds[slowest])} ({slowest})"
+    yield f"time      about {duration(seconds[slowest])} ({slowest})"
     if settings.price_prompt or settings.price_completion:
         worst = Tokens(tokens.prompt, count * settings.max_tokens)
         budget = budget_of(settings)
@@ -73,9 +74,3 @@ def _answer_tokens(prompts: Prompts, kind: str) -> int:
     """Tokens of an answer as long as the examples' on average; without examples a quarter of a page."""
     lengths = [len(answer.encode()) for _, answer in prompts.examples(kind)] or [800]
     return round(sum(lengths) / len(lengths) / BYTES_PER_TOKEN)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:,.0f} s"
-    return f"{seconds / 60:,.0f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from components.contract import Folder
@@ -189,11 +189,6 @@ def share_rejected(verdict: FilterVerdict) -> float:
     """Answers that gave no sample at all, of all answers."""
     answers = verdict.judged.total()
     return sum(one.pair is None for one in verdict.rejects) / answers if answers else 0.0
-
-
-def to_jsonl(rejects: Iterable[Reject]) -> bytes:
-    """One JSON object a line, UTF-8."""
-    return "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in rejects).encode()
 
 
 def _content(response: Response) -> tuple[str, str | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from components.contract import Folder, Job, Workspace
 from components.datasets.tasks import ShardTask
@@ -18,7 +18,6 @@ from components.instruct.llm.filtering import (
     crowded,
     crowded_out,
     share_rejected,
-    to_jsonl,
 )
 from components.instruct.llm.limits import Tokens
 from components.instruct.llm.prompts import Prompts, load_prompts
@@ -27,6 +26,7 @@ from components.instruct.llm.requests import Requests, text_rows
 from components.instruct.llm.responses import adopt, any_stored, stored
 from components.instruct.llm.writing import write_shard
 from components.instruct.settings import InstructSettings
+from llava.data.jsonl import to_jsonl
 from llava.errors import BudgetReached, LlavaError, RefusedInput
 
 REJECTED_FILE = "rejected.jsonl"
@@ -97,7 +97,7 @@ def answered_tasks(
     by_shard, verdict = _judge(judge, shards)
     rest = crowded_out(verdict.samples, settings.same_question, settings.seed)
     verdict.rejects += crowded(verdict.samples, rest)
-    job.folder.write(REJECTED_FILE, to_jsonl(verdict.rejects))
+    job.folder.write(REJECTED_FILE, to_jsonl(map(asdict, verdict.rejects)))
     report_teacher(job, prompts, stored(job.folder).tokens, tally, verdict)
     _refuse_if_too_much_was_rejected(verdict, settings.max_rejected)
     tasks = []

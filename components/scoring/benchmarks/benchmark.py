@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from components.scoring.base import Files, Record, Scored, Unit
 from components.scoring.benchmarks.reading import Item, Paper
 from components.scoring.judge import Ask
+from llava.data.jsonl import to_jsonl
 
 
 def by_first_key(unit: Unit) -> str:
@@ -18,7 +18,7 @@ def by_first_key(unit: Unit) -> str:
 
 def as_lines(items: Sequence[Item], rows: Sequence[Record]) -> tuple[str, str]:
     """Answers as JSONL: the file's ending and its text. `rows`: `question_id, prompt, text` and who answered."""
-    return ".jsonl", "\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n"
+    return ".jsonl", to_jsonl(rows).decode()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Each step's metrics in MLflow, while training goes on."""
 
+from components.contract.pace import Due
 from components.training.observers.base import Observer, RunState
-from components.training.observers.due import Due
 from components.training.record import Entry, MetricSender
 from llava.training.loop import StepReport
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from components.training import checkpoints
 from components.training.observers.base import Observer, RunState
-from components.training.record import HISTORY, SAMPLES, Entry, lines
+from components.training.record import HISTORY, SAMPLES, Entry
+from llava.data.jsonl import to_jsonl
 from llava.training import checkpoint as files
 from llava.training.loop import StepReport, gathered
 
@@ -53,7 +54,7 @@ class Saving(Observer):
         if not state.chief or weights is None:
             return
         position = files.Position(step, self._identity)
-        record = {HISTORY: lines(state.history), SAMPLES: lines(state.samples)}
+        record = {HISTORY: to_jsonl(state.history), SAMPLES: to_jsonl(state.samples)}
 
         def write(folder: Path) -> None:
             files.write(folder, weights, position)

@@ -1,8 +1,8 @@
 """Where the run is, for the person at the driver."""
 
+from components.contract.pace import Due
 from components.training.board import Progress
 from components.training.observers.base import Observer, RunState
-from components.training.observers.due import Due
 from components.training.record import Entry
 from llava.training.loop import StepReport
 

@@ -2,9 +2,9 @@
 
 import threading
 
+from components.contract.pace import Due
 from components.training.board import ProgressClient
 from components.training.observers.base import Observer, RunState
-from components.training.observers.due import Due
 from llava.training.loop import StepReport
 
 ASK, STOP = 1, 2

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from components.contract import pace
 from components.datasets import tasks as shard_tasks
 from components.datasets.tasks import ShardTask, _Progress
 
@@ -16,7 +17,8 @@ def test_the_time_left_comes_from_what_this_run_made_and_not_from_what_it_found(
     found: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now, said = 1000.0, list[str]()
-    monkeypatch.setattr(shard_tasks, "time", SimpleNamespace(monotonic=lambda: now))
+    for module in (shard_tasks, pace):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
     tasks = [ShardTask(f"part-{number}", number, 100, lambda *_: None, None) for number in range(10)]
     job: Any = SimpleNamespace(say=said.append)
     progress = _Progress(job, tasks, tasks[found:])
