@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -145,14 +146,14 @@ def _write(text: str) -> Path:
     """A new file that its owner alone can read."""
     folder = log_folder()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path = folder / f"llava-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.getpid()}.log"
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    descriptor, path = tempfile.mkstemp(".log", f"llava-{stamp}-", folder)
     with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(f"llava {' '.join(sys.argv[1:2])}, Python {sys.version.split()[0]}\n{text}")
     for old in sorted(folder.glob("llava-*.log"))[:-KEPT]:
         with contextlib.suppress(OSError):
             old.unlink()
-    return path
+    return Path(path)
 
 
 def _say(text: str) -> None:

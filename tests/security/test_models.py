@@ -108,6 +108,7 @@ def test_a_broken_folder_is_refused_in_one_line_that_names_it(name: str, sound: 
     assert str(folder) in line or "chat template" in line
 
 
+@pytest.mark.slow
 def test_the_command_says_it_in_one_line(sound: Path, tmp_path: Path) -> None:
     Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
     for number, name in enumerate(("weights cut off", "tokenizer {}", "patch size 0")):
@@ -152,6 +153,7 @@ def towers(tmp_path: Path) -> dict[str, Path]:
     return found
 
 
+@pytest.mark.services
 def test_yes_on_a_pipe_runs_no_code(towers: dict[str, Path], tmp_path: Path) -> None:
     settings = {"kind": "hub", "vision": towers["vision"], "language": towers["language"]}
     told = [part for key, value in settings.items() for part in ("--set", f"backbones.{key}={value}")]

@@ -85,6 +85,7 @@ def test_a_damaged_file_is_refused_by_its_name(name: str, tmp_path: Path) -> Non
     assert f"{tmp_path}/part.parquet" in str(refused.value) and "\n" not in str(refused.value)
 
 
+@pytest.mark.slow
 def test_the_command_says_it_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     scrambled(tmp_path / "data" / "part.parquet")
@@ -101,6 +102,7 @@ def test_deep_metadata_of_the_features_says_nothing(tmp_path: Path) -> None:
         assert parquet.listing(settings(tmp_path)).items
 
 
+@pytest.mark.slow
 def test_no_byte_of_a_file_makes_another_error(tmp_path: Path) -> None:
     """300 files, each with a few other bytes: refused, or read."""
     chosen, path = random.Random(7), tmp_path / "part.parquet"

@@ -63,6 +63,7 @@ def test_a_file_that_is_no_config_is_one_line_within_a_second(name: str, tmp_pat
     assert message in line and "\n" not in line and len(line) < 20_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["recursive", "not UTF-8", "deep in brackets", "a bomb", "a list", "a date that is none"]
 )
