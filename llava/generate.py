@@ -190,7 +190,8 @@ def _encoded(tokenizer: Any, source: str, turn: dict[str, Any]) -> list[int]:
         text = render(source, _marked(tokenizer, source, turn), tokenizer.special_tokens_map, opened=True)
     except RenderingError as error:
         raise RefusedInput(f"the folder's chat template cannot be used: {error}") from error
-    return tokenizer(text, add_special_tokens=False, sanitize_control_tokens=True)["input_ids"]
+    ids: list[int] = tokenizer(text, add_special_tokens=False, sanitize_control_tokens=True)["input_ids"]
+    return ids
 
 
 def _marked(tokenizer: Any, source: str, turn: dict[str, Any]) -> list[Any]:
@@ -202,7 +203,10 @@ def _marked(tokenizer: Any, source: str, turn: dict[str, Any]) -> list[Any]:
         added = [token.content for token in tokenizer.added_tokens_decoder.values()]
         tokenizer.chat_control_tokens = [token for token in added if token in text and not token.isspace()]
     try:
-        return tokenizer._mark_chat_inputs(source, [[turn]], None, None, {}, True, False)[0][0]
+        conversations: list[list[Any]] = tokenizer._mark_chat_inputs(
+            source, [[turn]], None, None, {}, True, False
+        )[0]
+        return conversations[0]
     finally:
         tokenizer.chat_control_tokens = named
 

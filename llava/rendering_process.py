@@ -29,12 +29,13 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
 def _written(asked: dict[str, Any]) -> str:
     if asked["messages"] is None:
         return str(_get_template_literal_text(asked["template"]))
-    texts, _ = render_jinja_template(
+    written: Any = render_jinja_template(
         conversations=[asked["messages"]],
         chat_template=asked["template"],
         add_generation_prompt=asked["opened"],
         **asked["tokens"],
     )
+    texts, _ = written
     return str(texts[0])
 
 
