@@ -1,5 +1,26 @@
 """The errors that carry an exit status: what a command answers when it cannot or must not go on."""
 
+import errno
+
+_SYSTEM = frozenset(
+    (
+        errno.EDQUOT,
+        errno.EFBIG,
+        errno.EIO,
+        errno.EMFILE,
+        errno.ENFILE,
+        errno.ENOMEM,
+        errno.ENOSPC,
+        errno.ESTALE,
+        errno.ETXTBSY,
+    )
+)
+
+
+def from_the_system(error: BaseException) -> bool:
+    """Whether the machine failed and no input: a full or broken disk, too many open files."""
+    return isinstance(error, OSError) and error.errno in _SYSTEM
+
 
 class LlavaError(Exception):
     """A failure with a message for the user: the thing, the place and the way out, in one line."""

@@ -12,11 +12,14 @@ from typing import Any
 import torch
 from PIL import Image
 from torch.nn.functional import cross_entropy
-from transformers import GenerationConfig, LlavaConfig
+from transformers import GenerationConfig
 
 import llava.model
+from llava import pretrained
 from llava.conversation import IGNORE, Encoder
 from llava.errors import RefusedInput
+from llava.pixels import blank_picture
+from llava.rendering import RenderingError, literals, render
 from llava.templates import NAMES, OWN, chat_template
 from llava.text_tokenizer import IMAGE
 
@@ -25,18 +28,17 @@ def load(folder: str | Path, device: str = "cpu") -> tuple[Any, Any]:
     """Model (evaluation mode, SDPA attention, greedy) and processor of the stock LLaVA `folder`.
 
     Weights are read from safetensors only and no code from the folder is run. fp32 on CPUs, elsewhere the
-    precision that the folder was saved in. Raises `RefusedInput` when it is no LLaVA folder.
+    precision that the folder was saved in. Raises `RefusedInput` for a folder that is no LLaVA, or whose parts do not
+    fit: one answer to a blank picture is tried.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise RefusedInput(f"{folder} holds no config.json: give a folder that `save_pretrained` wrote")
-    try:
-        on_cpu = torch.device(device).type == "cpu"
-        saved = llava.model.dtype_of(LlavaConfig.from_pretrained(folder, local_files_only=True))
-        model: Any = llava.model.load(folder, torch.float32 if on_cpu else saved)
-        processor = llava.model.load_processor(folder)
-    except (OSError, ValueError) as error:
-        raise RefusedInput(f"{folder} cannot be loaded as a LLaVA: {error}") from error
+    on_cpu = torch.device(device).type == "cpu"
+    with pretrained.reading(f"{folder} cannot be loaded"):
+        saved = llava.model.dtype_of(llava.model.load_config(folder))
+    model: Any = llava.model.load(folder, torch.float32 if on_cpu else saved)
+    processor = llava.model.load_processor(folder)
     # A folder may ask for sampling, penalties or beams; only where an answer ends is taken from it.
     tokenizer = processor.tokenizer
     end = model.generation_config.eos_token_id
@@ -46,7 +48,10 @@ def load(folder: str | Path, device: str = "cpu") -> tuple[Any, Any]:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = end[0] if isinstance(end, list) else end
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=tokenizer.pad_token_id)
-    return model.to(device).eval(), processor
+    model = model.to(device).eval()
+    with pretrained.reading(f"{folder} cannot answer a question"):
+        answer(model, processor, ["?"], [blank_picture(processor.image_processor)], 1)
+    return model, processor
 
 
 @torch.inference_mode()
@@ -158,21 +163,15 @@ def _human(question: str, px: torch.Tensor | None) -> str:
 
 def _stock_prompt(processor: Any, question: str, px: torch.Tensor | None) -> list[int]:
     """The prompt of the folder's own chat template, with the question's special strings kept as text."""
-    if processor.chat_template is None:
+    if not isinstance(processor.chat_template, str):
         raise RefusedInput(
-            "the folder has no chat template: add chat_template.jinja, so that a prompt is known"
+            "the folder has no chat template of its own: add chat_template.jinja, so that a prompt is known"
         )
     tokenizer = processor.tokenizer
     parts = [{"type": "image"}] if px is not None else []
     turn = {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
     # The image slot is widened below: the stock processor would widen every literal slot of the text.
-    ids = tokenizer.apply_chat_template(
-        [turn],
-        chat_template=processor.chat_template,
-        add_generation_prompt=True,
-        sanitize_control_tokens=True,
-        return_dict=False,
-    )
+    ids = _encoded(tokenizer, processor.chat_template, turn)
     begin = tokenizer.bos_token_id
     # A template without a begin token leaves it to the tokenizer, as `processor(text=...)` does.
     if begin is not None and ids[:1] != [begin] and tokenizer.encode("")[:1] == [begin]:
@@ -183,6 +182,33 @@ def _stock_prompt(processor: Any, question: str, px: torch.Tensor | None) -> lis
         raise RefusedInput(f"the folder's chat template writes {slots} image slots for one picture")
     times = 1 if px is None else image_tokens(processor, px)
     return [new for old in ids for new in ([old] * (times if old == slot else 1))]
+
+
+def _encoded(tokenizer: Any, source: str, turn: dict[str, Any]) -> list[int]:
+    """What `apply_chat_template` with `sanitize_control_tokens` gives, the text written within `render`'s limits."""
+    try:
+        text = render(source, _marked(tokenizer, source, turn), tokenizer.special_tokens_map, opened=True)
+    except RenderingError as error:
+        raise RefusedInput(f"the folder's chat template cannot be used: {error}") from error
+    ids: list[int] = tokenizer(text, add_special_tokens=False, sanitize_control_tokens=True)["input_ids"]
+    return ids
+
+
+def _marked(tokenizer: Any, source: str, turn: dict[str, Any]) -> list[Any]:
+    """The conversation of one turn with the control tokens in it marked as text."""
+    named = tokenizer.chat_control_tokens
+    if named is None:
+        # The library finds these by compiling the template in this process.
+        text = literals(source)
+        added = [token.content for token in tokenizer.added_tokens_decoder.values()]
+        tokenizer.chat_control_tokens = [token for token in added if token in text and not token.isspace()]
+    try:
+        conversations: list[list[Any]] = tokenizer._mark_chat_inputs(
+            source, [[turn]], None, None, {}, True, False
+        )[0]
+        return conversations[0]
+    finally:
+        tokenizer.chat_control_tokens = named
 
 
 def _batch(

@@ -17,13 +17,13 @@ from torch import nn
 from torch.nn import functional
 from transformers import (
     AddedToken,
-    AutoProcessor,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedModel,
 )
 
+from llava import pretrained
 from llava.attention import packing_attention
 from llava.conversation import Encoder
 from llava.data.collate import PackedRow
@@ -215,28 +215,18 @@ def load(folder: Path, dtype: torch.dtype) -> LlavaForConditionalGeneration:
     Weights that are missing are refused: transformers would make them up.
     """
     quiet()
-    loaded: Any = LlavaForConditionalGeneration.from_pretrained(
-        folder,
-        dtype=dtype,
-        local_files_only=True,
-        use_safetensors=True,
-        attn_implementation="sdpa",
-        output_loading_info=True,
+    loaded: LlavaForConditionalGeneration = pretrained.model(
+        LlavaForConditionalGeneration, folder, dtype=dtype, attn_implementation="sdpa"
     )
-    model: LlavaForConditionalGeneration = loaded[0]
-    if lost := sorted(loaded[1]["missing_keys"]):
-        raise RefusedInput(f"{folder}: {len(lost)} weights are missing, such as {lost[0]}")
-    return model
+    return loaded
 
 
 def load_processor(folder: Path, fit: Fit = "model") -> Any:
-    """Tokenizer and image processor, the latter on Pillow: with torchvision the pixels differ.
+    """Tokenizer and image processor.
 
     `fit` changes how a picture becomes a square; saved with the processor, it holds for generation too.
     """
-    processor = AutoProcessor.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=False, backend="pil"
-    )
+    processor = pretrained.processor(folder)
     if fit != "model":
         vision: Any = load_config(folder).vision_config
         edge = vision.image_size
@@ -252,7 +242,8 @@ def dtype_of(config: LlavaConfig) -> torch.dtype:
 
 def load_config(folder: Path) -> LlavaConfig:
     """The model's config, without its weights."""
-    return LlavaConfig.from_pretrained(folder, local_files_only=True)
+    config: LlavaConfig = pretrained.config(LlavaConfig, folder)
+    return config
 
 
 def image_tokens(model_config: LlavaConfig) -> int:

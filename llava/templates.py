@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llava.errors import RefusedInput
+from llava.rendering import RenderingError, render
 from llava.text_tokenizer import IMAGE, any_of
 
 OWN = "tokenizer"
@@ -210,12 +211,9 @@ class _Jinja:
             for role, text in said
         ]
         try:
-            text: str = self.tokenizer.apply_chat_template(
-                messages, chat_template=self.source, tokenize=False, add_generation_prompt=opened
-            )
-            return text
-        except Exception as error:
-            raise _NotSplit(f"rendering failed with {' '.join(str(error).split())!r}") from error
+            return render(self.source, messages, self.tokenizer.special_tokens_map, opened)
+        except RenderingError as error:
+            raise _NotSplit(str(error)) from error
 
     def cut(self, texts: Sequence[str], system: str | None = None) -> list[str]:
         """The markup around `system`, where there is one, and `texts`; one piece more than these."""

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from llava.errors import LlavaError, Terminated
+from llava.errors import Terminated
+from workflows import failures
 from workflows.options import AsJson, Preset, Profile, Root, Set, Wait
 from workflows.scores.cli import compare, score
 from workflows.stages import STAGES, Stage, training_stages
@@ -286,14 +287,15 @@ def main() -> None:
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, _terminated)
     try:
-        app()
-    except (LlavaError, Terminated, SystemError) as error:
-        # Ray's compiled calls wrap what the signal handler raises inside them.
-        told = error.__cause__ if isinstance(error, SystemError) else error
-        if not isinstance(told, LlavaError | Terminated):
+        try:
+            app()
+        except SystemExit:
+            failures.flush()
             raise
-        print(f"error: {told}", file=sys.stderr, flush=True)
-        sys.exit(told.exit_status)
+    except SystemExit:
+        raise
+    except BaseException as error:
+        sys.exit(failures.tell(error))
 
 
 if __name__ == "__main__":

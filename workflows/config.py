@@ -9,18 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import pydantic
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator
 
 from components.contract import refuse_secrets
 from llava.errors import RefusedInput
 from llava.estimate import Corpus
+from workflows import config_files
 from workflows.stages import STAGES, training_stages
 
 PRESETS = resources.files("workflows") / "presets"
 _SECRET = re.compile(
     r"(pass(word|phrase)?|secret|credential|api[_-]?key|access[_-]?key|private[_-]?key)s?$", re.I
 )
+
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
 class Expected(BaseModel):
@@ -179,21 +181,19 @@ def flat(config: WorkflowConfig) -> dict[str, Any]:
 
 def _read(preset: str) -> dict[str, Any]:
     if preset in preset_names():
-        text = (PRESETS / f"{preset}.yaml").read_text()
+        tree = config_files.parse((PRESETS / f"{preset}.yaml").read_text(), preset)
     elif Path(preset).is_file():
-        text = Path(preset).read_text()
+        tree = config_files.read(Path(preset))
     else:
         near = difflib.get_close_matches(preset, preset_names(), 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise RefusedInput(
             f"{preset!r} is neither a preset ({', '.join(preset_names())}) nor a YAML file{hint}"
         )
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RefusedInput(f"{preset}: no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise RefusedInput(f"{preset}: expected sections such as `finetune:`, found {type(tree).__name__}")
+    if strange := [key for key in tree if not isinstance(key, str)]:
+        raise RefusedInput(f"{preset}: expected names of sections, found {_shortened(strange[0])}")
     return tree
 
 
@@ -209,12 +209,12 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         )
     refuse_secrets(text, f"--set {key}")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = config_files.parse(text, f"--set {key}")
+    except config_files.NoYaml:
         value = text
     if isinstance(value, str):
         # YAML 1.1 reads 2e-5 as text.
-        value = float(value) if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value) else value
+        value = float(value) if _EXPONENT.fullmatch(value) else value
     node = tree
     for part in parts[:-1]:
         node = node.setdefault(part, {})
@@ -236,7 +236,12 @@ def _told(mistake: Any) -> str:
     if mistake["type"] == "missing":
         return f"{key}: missing"
     message = mistake["msg"].removeprefix("Value error, ")
-    return f"{key}: {message}, got {mistake['input']!r}" if len(where) > 1 else f"{key}: {message}"
+    return f"{key}: {message}, got {_shortened(mistake['input'])}" if len(where) > 1 else f"{key}: {message}"
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _known(where: list[str]) -> list[str]:

@@ -28,6 +28,7 @@ from components.contract import (
 from components.registry import MODEL, resolve
 from llava import model as models
 from llava.errors import RefusedInput
+from llava.pretrained import reading
 
 _TAKEN = (".json", ".jinja", ".model", ".safetensors", ".txt")
 
@@ -105,15 +106,17 @@ def start_from(uri: str, template: str | None, workspace: Workspace) -> Outcome:
 def _check(folder: Path, uri: str) -> None:
     """Everything that training needs of it, before anything is trained."""
     try:
-        kind = json.loads((folder / "config.json").read_text()).get("model_type")
-        if kind != "llava":
-            raise RefusedInput(f"{uri}: a model of type {kind!r}; a stock LLaVA has the type 'llava'")
-        config, processor = models.load_config(folder), models.load_processor(folder)
-    except (OSError, ValueError, ImportError) as error:
-        raise RefusedInput(f"{uri}: no stock LLaVA folder: {' '.join(str(error).split())[:300]}") from error
-    if wrong := _mismatch(config, processor):
-        raise RefusedInput(f"{uri}: {wrong}")
-    models.load(folder, models.dtype_of(config))
+        with reading(f"{uri}: no stock LLaVA folder"):
+            kind = json.loads((folder / "config.json").read_bytes()).get("model_type")
+            if kind != "llava":
+                raise RefusedInput(f"{uri}: a model of type {kind!r}; a stock LLaVA has the type 'llava'")
+            config, processor = models.load_config(folder), models.load_processor(folder)
+            if wrong := _mismatch(config, processor):
+                raise RefusedInput(f"{uri}: {wrong}")
+            models.load(folder, models.dtype_of(config))
+    except RefusedInput as error:
+        # The user knows the folder by its URI; ours is gone in a moment.
+        raise RefusedInput(str(error).replace(str(folder), uri)) from error
 
 
 def _mismatch(config: Any, processor: Any) -> str | None:

@@ -6,11 +6,12 @@ as PyTorch pickles only are rewritten as safetensors, read with `weights_only=Tr
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 from components.contract.digest import fingerprint
+from llava import pretrained
 from llava.errors import LlavaError, RefusedInput
 from llava.towers import family_of
 
@@ -168,55 +170,29 @@ def _rewrite(pickled: Path, goal: Path) -> None:
 
 def load_vision(folder: Path, what: str) -> tuple[Any, Any]:
     """The vision tower and its image processor; of a model with a text half its vision half."""
-    from transformers import AutoImageProcessor
-
-    try:
+    with _named(what):
         config_class, model_class = family_of(_config(folder).get("model_type")).classes()
-    except RefusedInput as error:
-        raise RefusedInput(f"{what}: {error}") from None
-    config = config_class.from_pretrained(folder, local_files_only=True)
-    tower = _load(model_class, folder, what, config=config)
-    return tower, AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
+        config = pretrained.config(config_class, folder)
+        tower = pretrained.model(model_class, folder, dtype="auto", config=config)
+        return tower, pretrained.image_processor(folder)
 
 
 def load_language(folder: Path, what: str) -> tuple[Any, Any]:
-    """The language model and its tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = _load(AutoModelForCausalLM, folder, what)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
-        raise RefusedInput(
-            f"{what}: no tokenizer can be loaded: {' '.join(str(error).split())[:300]}"
-        ) from error
-    return model, tokenizer
+    """The language model, in the precision it is stored in, and its tokenizer."""
+    with _named(what):
+        return pretrained.causal_language_model(folder), pretrained.tokenizer(folder)
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise RefusedInput(f"{folder}/config.json: {error}") from None
-    return found if isinstance(found, dict) else {}
+    with pretrained.reading(f"{folder}/config.json"):
+        found = json.loads((folder / "config.json").read_bytes())
+        return found if isinstance(found, dict) else {}
 
 
-def _load(model_class: Any, folder: Path, what: str, **more: Any) -> Any:
-    """In the precision it is stored in; weights that are missing are an error, never made up."""
+@contextlib.contextmanager
+def _named(what: str) -> Iterator[None]:
+    """A refusal begins with the setting that names the folder."""
     try:
-        model, report = model_class.from_pretrained(
-            folder,
-            dtype="auto",
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **more,
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise RefusedInput(f"{what}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
-    if lost := sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"]):
-        raise RefusedInput(
-            f"{what}: {len(lost)} weights are missing or have another shape, such as {lost[0]}"
-        )
-    return model
+        yield
+    except RefusedInput as error:
+        raise RefusedInput(f"{what}: {error}") from error

@@ -11,15 +11,15 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, CLIPVisionModel, LlamaForCausalLM
+from transformers import CLIPVisionModel, LlamaForCausalLM
 
 from components import tiny_world
 from components.backbones import language, probe, vision
 from components.backbones.tokenizer import train_tokenizer
+from llava import pretrained
 
 TOWERS = Path(__file__).parent / "towers"
 LANGUAGE, VISION, RECORD = "language", "vision", "record.json"
@@ -66,9 +66,9 @@ def train_towers(out: Path, seed: int, say: Callable[[str], None]) -> dict[str, 
 
 def measure(towers: Path, seed: int, scenes: int) -> dict[str, float]:
     """The gates' figures of the towers in a folder, on `scenes` scenes."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(towers / LANGUAGE, local_files_only=True)
-    model = LlamaForCausalLM.from_pretrained(towers / LANGUAGE, dtype=torch.float32, local_files_only=True)
-    tower = CLIPVisionModel.from_pretrained(towers / VISION, dtype=torch.float32, local_files_only=True)
+    tokenizer = pretrained.tokenizer(towers / LANGUAGE)
+    model = pretrained.model(LlamaForCausalLM, towers / LANGUAGE, dtype=torch.float32)
+    tower = pretrained.model(CLIPVisionModel, towers / VISION, dtype=torch.float32)
     return {
         **probe.language_gates(model.eval(), tokenizer, seed, scenes),
         **probe.vision_gates(tower.eval(), seed, scenes),

@@ -8,7 +8,7 @@ from llava.errors import RefusedInput
 
 # Command lines, configs and URIs end up in job specs, dashboards and logs, where anybody reads them.
 _SECRETS = (
-    (re.compile(r"\b[a-z][a-z0-9+.-]*://[^/\s@:]*:[^/\s@]+@", re.I), "a URI with a password in it"),
+    (re.compile(r"\b[a-z][a-z0-9+.-]{0,63}://[^/\s@:]*:[^/\s@]+@", re.I), "a URI with a password in it"),
     (re.compile(r"\b(?:https?|s3)://[^/\s@]+@", re.I), "a URI with credentials in it"),
     (re.compile(r"[?&](?:x-amz-(?:signature|security-token)|access_?key|secret|token|password)=", re.I),
      "a signed or tokened URI"),

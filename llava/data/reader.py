@@ -17,6 +17,7 @@ import pyarrow as pa
 from pyarrow import fs
 from pyarrow import parquet as pq
 
+from llava.data.parquet_files import damage_told
 from llava.data.schema import check_schema
 from llava.errors import RefusedInput
 
@@ -112,7 +113,8 @@ class ParquetRows:
         # A ParquetFile serves one thread; with the footer at hand making one costs nothing.
         file = pq.ParquetFile(self._source(path), metadata=self._footers[path], pre_buffer=True)
         there = [one for one in columns if one.partition(".")[0] in file.schema_arrow.names]
-        return file.read_row_group(index, columns=there, use_threads=False)
+        with damage_told(path):
+            return file.read_row_group(index, columns=there, use_threads=False)
 
     def _reading(self, group: int) -> Future[pa.Table]:
         with self._lock:
@@ -138,7 +140,7 @@ class ParquetRows:
         return source
 
     def _footer(self, path: str) -> pq.FileMetaData:
-        with self.filesystem.open_input_file(path) as source:
+        with damage_told(path), self.filesystem.open_input_file(path) as source:
             return pq.read_metadata(source)
 
     @cached_property

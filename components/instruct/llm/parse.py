@@ -13,7 +13,7 @@ REFUSAL = re.compile(
     re.I,
 )
 _LINE = re.compile(r"^[ \t]*={3,}[ \t]*$", re.M)
-_HEAD = re.compile(r"^\W*(question|answer)[ \t]*\**[ \t]*:[ \t]*\**", re.I)
+_HEAD = re.compile(r"^\W*(question|answer)[ \t]*+\**+[ \t]*+:[ \t]*\**", re.I)
 _THOUGHT = re.compile(r"^\s*<think>.*?</think>", re.S)
 _FENCE = re.compile(r"^\s*```\w*\n(.*)\n```\s*$", re.S)
 

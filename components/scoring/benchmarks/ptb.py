@@ -38,7 +38,7 @@ def _any(words: str) -> str:
 _WORD = r"[^\W_](?:[^\W]|[-_/.!?](?=[^\W_]))*"
 _TOKEN = re.compile(
     rf"""
-      (?:https?://|www\.)\S+ | [\w.+-]+@[\w-]+(?:\.[\w-]+)+
+      (?:https?://|www\.)\S+ | [\w.+-]{1, 64}+@[\w-]+(?:\.[\w-]+)+
     | </?[A-Za-z][^<>\s]*>
     | [\#@][A-Za-z_]\w*
     | (?<!\w)(?:(?i:{_any(_ABBREVIATIONS)})|{_any(_CAPITAL_ABBREVIATIONS)})\.(?!\w)
@@ -46,7 +46,7 @@ _TOKEN = re.compile(
     | (?<!\w)(?:[^\W\d_]\.)+(?:[^\W\d_](?!\w)|(?!\w))
     | (?i:'tis|'twas)(?!\w) | 'n'(?!\w) | (?<!\w)'\d\ds(?!\w)
     | (?i:n't|'(?:s|re|ve|ll|d|m))(?!\w)
-    | \d[\d.,:]*(?:pm|am|m)(?!\w)
+    | \d[\d.,:]{0, 63}+(?:pm|am|m)(?!\w)
     | (?<![\w.,])[-+]?(?:\d+(?:[.,:/]\d+)*|\.\d+)(?![^\W_]|-\w|/\w)
     | (?i:o'clock|ma'am|[odl]'(?=[^\W\d_]{{2}})[^\W_]+)(?!\w)
     | (?i:y')(?=all) | [A-Z]+&[A-Z]+(?!\w) | \d+-\d+(?!\w)

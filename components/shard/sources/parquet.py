@@ -42,6 +42,7 @@ from components.shard.sources.base import (
 )
 from components.shard.sources.llava import check_slots, turns_of
 from components.shard.sources.photos import admit, resized
+from llava.data.parquet_files import damage_told, open_foreign
 from llava.data.schema import IMAGE_COLUMNS, Row
 from llava.errors import RefusedInput
 
@@ -233,7 +234,7 @@ def _usual_images(schema: pa.Schema, where: str) -> tuple[str, ...]:
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         found = [name for name, feature in features.items() if _is_feature(feature) and name in schema.names]
-    except (KeyError, ValueError, TypeError, AttributeError):
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         found = []
     if not found:
         found = [field.name for field in schema if _is_picture(field.type)]
@@ -278,14 +279,13 @@ def _is_text(kind: pa.DataType) -> bool:
 def opened(store: Store, key: str) -> Iterator[pq.ParquetFile]:
     """The file, to read with little memory; RefusedInput where it is none."""
     system, base = store.arrow()
-    try:
-        with (
-            system.open_input_file(f"{base}/{key}") as source,
-            pq.ParquetFile(source, buffer_size=2**20, pre_buffer=False) as file,
-        ):
-            yield file
-    except pa.ArrowInvalid as error:
-        raise RefusedInput(f"{store.uri}/{key} is no Parquet file that can be read: {error}") from None
+    where = f"{store.uri}/{key}"
+    with (
+        damage_told(where),
+        system.open_input_file(f"{base}/{key}") as source,
+        open_foreign(source, where, buffer_size=2**20, pre_buffer=False) as file,
+    ):
+        yield file
 
 
 def made_of(
