@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
@@ -15,13 +16,19 @@ from typing import Any
 import pytest
 
 from components.contract import (
+    MANIFEST,
+    Artifact,
     DataFolder,
+    FileEntry,
     Links,
+    Manifest,
     RefusedFile,
     Store,
     fingerprint,
+    open_artifact,
     open_data_store,
     open_store,
+    verify,
 )
 from components.scoring.base import texts_in
 from components.scoring.benchmarks.reading import copy
@@ -234,6 +241,26 @@ def test_a_name_that_is_swapped_all_the_time_never_gives_what_lies_outside(data:
     finally:
         os.kill(child, 9)
         os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("kind", NO_FILES)
+def test_an_artifact_whose_manifest_is_no_file_is_refused_in_one_line(tmp_path: Path, kind: str) -> None:
+    artifact = tmp_path / "root" / "shard" / "0123456789abcdef"
+    artifact.mkdir(parents=True)
+    NO_FILES[kind](artifact / MANIFEST)
+    with pytest.raises(RefusedInput, match=r"manifest\.json"):
+        open_artifact(str(artifact))
+
+
+@pytest.mark.parametrize("kind", NO_FILES)
+def test_an_artifact_with_a_file_that_is_none_is_refused(tmp_path: Path, kind: str) -> None:
+    folder = open_store(tmp_path / "root" / "shard" / "0123456789abcdef")
+    Path(folder.uri).mkdir(parents=True)
+    NO_FILES[kind](Path(folder.uri) / "train.parquet")
+    file = FileEntry(path="train.parquet", size=0, sha256=hashlib.sha256(b"").hexdigest())
+    manifest = Manifest.model_construct(files=(file,))
+    with pytest.raises(RefusedInput, match=r"train\.parquet is missing"):
+        verify(Artifact(folder, manifest))
 
 
 # Fingerprints
@@ -470,7 +497,7 @@ def test_a_drop_that_is_a_link_is_no_drop(tmp_path: Path, private: Path, when: s
     (tmp_path / "in" / "monday").symlink_to(real)
     assert keys(open_drop(drop.uri)) == []
     settings = ShardSettings(source="llava", path=drop.uri, conversations="data.json", follow_links=False)
-    with pytest.raises(RefusedInput, match="is a link"):
+    with pytest.raises(RefusedInput, match="itself is a link"):
         SOURCES["llava"].check(settings)
 
 

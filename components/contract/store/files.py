@@ -164,11 +164,14 @@ class Tree:
     def _at(self, key: str) -> Iterator[int]:
         """A descriptor that only names the regular file `key`."""
         with _opened(f"{self.root}/{check_key(key)}") as place:
-            self._check_place(key, place)
-            status = os.fstat(place)
-            if stat.S_ISDIR(status.st_mode):
-                raise FileNotFoundError(f"{self.root}/{key} is a folder")
-            _check_kind(key, status)
+            try:
+                self._check_place(key, place)
+                status = os.fstat(place)
+                if stat.S_ISDIR(status.st_mode):
+                    raise FileNotFoundError(f"{self.root}/{key} is a folder")
+                _check_kind(key, status)
+            except RefusedFile as error:
+                raise RefusedFile(error.reason, f"{self.root}: {error}") from None
             yield place
 
     def _check_place(self, key: str, descriptor: int) -> None:
@@ -187,7 +190,7 @@ class Tree:
         """Where the folder really lies."""
         with _opened(self.root, flags=_PLACE if self.top_link else _PLACE | os.O_NOFOLLOW) as place:
             if stat.S_ISLNK(os.fstat(place).st_mode):
-                raise RefusedFile("link", f"{self.root} is a link; no link is followed here")
+                raise RefusedFile("link", "the folder itself is a link; no link is followed here")
             return _real(place)
 
 

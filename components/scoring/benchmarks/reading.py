@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from components.contract import MANIFEST, Store, open_data_store, open_store, read_artifact
+from components.contract.store import check_key
 from components.scoring.base import Files, Record, by_id, get, read_json, read_rows, text_of
 from components.scoring.pictures import Picture
 from llava.conversation import IMAGE
@@ -224,11 +225,11 @@ def copy(uri: str, what: str, folder: Path, follow_links: bool | None = None) ->
                 raise RefusedInput(f"{uri}: {refused.text}")
         for entry in inside.list():
             if _is_text(entry.key):
-                inside.download(entry.key, goal / entry.key)
+                inside.download(entry.key, goal / check_key(entry.key))
     except OSError as error:
         raise RefusedInput(f"{uri}: {error.strerror or error}; give the path of a file") from None
     if inside.local_path is not None and not inside.local_path.is_dir():
-        raise RefusedInput(f"{uri}: there is no such file or folder; give the path of a file")
+        raise RefusedInput(f"{uri}: No such file or directory; give the path of a file")
     return goal
 
 
