@@ -24,7 +24,20 @@ from components.contract.manifest import (
 from components.contract.printable import has_controls, printable
 from components.contract.runner import Outcome, run_component
 from components.contract.secrets import refuse_secrets, without_secret
-from components.contract.store import Entry, Folder, Stat, Store, StoreError, open_store
+from components.contract.store import (
+    DataFolder,
+    Entry,
+    Folder,
+    Links,
+    Refusal,
+    RefusedFile,
+    Stat,
+    Store,
+    StoreError,
+    links_of,
+    open_data_store,
+    open_store,
+)
 from components.contract.tracking import TrackedRun, Tracking, TrackingError
 from components.contract.workspace import Workspace
 
@@ -34,6 +47,7 @@ __all__ = [
     "Artifact",
     "Component",
     "Console",
+    "DataFolder",
     "Digest",
     "Entry",
     "FileEntry",
@@ -43,8 +57,11 @@ __all__ = [
     "Lease",
     "LeaseLost",
     "Line",
+    "Links",
     "Manifest",
     "Outcome",
+    "Refusal",
+    "RefusedFile",
     "Settings",
     "Stat",
     "Store",
@@ -62,7 +79,9 @@ __all__ = [
     "fingerprint",
     "has_controls",
     "holder",
+    "links_of",
     "open_artifact",
+    "open_data_store",
     "open_store",
     "parquet_in",
     "printable",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from components.contract.store import open_store
+from components.contract.store.files import Found, Links, Tree
 from llava.errors import RefusedInput
 
 
@@ -43,16 +44,17 @@ def artifact_digest(
     )
 
 
-def fingerprint(paths: Iterable[str | Path] | str | Path) -> str:
+def fingerprint(paths: Iterable[str | Path] | str | Path, links: Links = Links.ALL) -> str:
     """Hex sha256 over sorted (relative path, bytes, ETag or mtime in ns) of files, folders or S3 prefixes.
 
-    Cheap on purpose: no contents are read. Raises RefusedInput for a path where nothing lies.
+    Cheap on purpose: no contents are read. Which links of a folder are followed, `links` says, as for whoever reads
+    it; what is not read enters with its name and the reason. Raises RefusedInput for a path where nothing lies.
     """
     if isinstance(paths, str | Path):
         paths = [paths]
     found: list[tuple[str, int, str]] = []
     for path in paths:
-        lines = _s3_lines(str(path)) if str(path).startswith("s3://") else _local_lines(Path(path))
+        lines = _s3_lines(str(path)) if str(path).startswith("s3://") else _local_lines(Path(path), links)
         if not lines:
             raise RefusedInput(
                 f"{path}: nothing lies there; give a file, a folder or an s3:// prefix that holds files"
@@ -61,15 +63,19 @@ def fingerprint(paths: Iterable[str | Path] | str | Path) -> str:
     return sha256_of(sorted(found))
 
 
-def _local_lines(path: Path) -> list[tuple[str, int, str]]:
+def _local_lines(path: Path, links: Links) -> list[tuple[str, int, str]]:
     path = path.expanduser()
-    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
-    root = path.parent if path.is_file() else path
-    lines = []
-    for file in files:
-        found = file.stat()
-        lines.append((file.relative_to(root).as_posix(), found.st_size, str(found.st_mtime_ns)))
-    return lines
+    if path.is_file():
+        status = path.stat()
+        return [(path.name, status.st_size, str(status.st_mtime_ns))]
+    if not path.is_dir():
+        return []
+    return [
+        (one.key, one.status.st_size, str(one.status.st_mtime_ns))
+        if isinstance(one, Found)
+        else (one.key, -1, one.reason)
+        for one in Tree(str(path.absolute()), links).walk()
+    ]
 
 
 def _s3_lines(uri: str) -> list[tuple[str, int, str]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from components.contract import Store, fingerprint, open_store, read_artifact, recipe, sha256_of
+from components.contract import Store, fingerprint, links_of, open_store, read_artifact, recipe, sha256_of
 from components.evaluate.answering import BLANK, RIGHT
 from components.evaluate.settings import ExamSettings
 from components.scoring.base import Files, Record, Scored, Unit, read_text
@@ -60,7 +60,7 @@ def external(settings: ExamSettings, called: Called) -> dict[str, str]:
         with _naming({}, called(what)):
             artifact = read_artifact(open_store(path)) if what == "data" and dataset(path) else None
             key = f"benchmarks.{settings.title}.{what.replace(' ', '.')}"
-            found[key] = artifact.digest if artifact else fingerprint(path)
+            found[key] = artifact.digest if artifact else fingerprint(path, links_of(settings.follow_links))
     return found
 
 
@@ -95,7 +95,7 @@ def open_exam(
     for what, path in settings.paths.items():
         if what not in READ_IN_PLACE:
             with _naming({}, called(what)):
-                copies[what] = copy(path, what, folder)
+                copies[what] = copy(path, what, folder, settings.follow_links)
     own = {str(copies[what]): path for what, path in settings.paths.items() if what in copies}
     benchmark = find(settings.benchmark)
     with _naming(own):

@@ -43,6 +43,10 @@ class ExamSettings(Settings):
     )
     split: str = Field("test", description="Which list of splits")
     images: str | None = run_field(None, description="Folder of the pictures; default: beside the questions")
+    follow_links: bool | None = run_field(
+        None,
+        description="Links in its folders that are followed: default those that stay inside; true: all; false: none",
+    )
     instruction: str | None = Field(
         None,
         description="The line after each question; empty: none; null: the benchmark's own, unless the text has one",

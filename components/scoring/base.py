@@ -134,6 +134,15 @@ def read_text(path: Path) -> str:
         raise RefusedInput(f"{path}: no UTF-8 text (byte {error.start}); convert it first") from None
 
 
+def texts_in(folder: Path, pattern: str) -> list[Path]:
+    """The files below `folder` that are named like `pattern`, sorted; RefusedInput for one that is no regular file."""
+    found = sorted(folder.glob(pattern))
+    for path in found:
+        if not path.is_file():
+            raise RefusedInput(f"{path}: no regular file; remove it")
+    return found
+
+
 def read_rows(path: Path) -> list[Record]:
     """The objects of a JSONL file or of a JSON list, in their order."""
     text = read_text(path)

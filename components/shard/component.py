@@ -9,13 +9,16 @@ from typing import Any, ClassVar
 from components.contract.component import Component, Job, recipe, refusals
 from components.contract.digest import canonical_json, sha256_of
 from components.contract.manifest import Artifact
+from components.contract.printable import printable
+from components.contract.store import Refusal
 from components.contract.workspace import Workspace
-from components.datasets.results import Refusals, note_refused
+from components.datasets.results import IDS_IN_NOTES, Refusals, note_refused
 from components.datasets.tasks import ShardOutput, ShardTask, run_shards
 from components.shard.report import report
 from components.shard.settings import ShardSettings
 from components.shard.sources import SOURCES, outcomes
-from components.shard.sources.base import Loaded, RefusedSample
+from components.shard.sources.base import Loaded, RefusedSample, left_out
+from components.shard.sources.photos import refused_files
 from llava.data.schema import images_of
 from llava.errors import RefusedInput
 
@@ -29,7 +32,7 @@ class Shard(Component):
     """Makes `train/part-*.parquet` and `heldout/part-*.parquet`; see `llava/data/schema.py` for the rows."""
 
     name: ClassVar[str] = "shard"
-    version: ClassVar[str] = "3"
+    version: ClassVar[str] = "4"
     Settings: ClassVar[type[ShardSettings]] = ShardSettings
     gives = ("dataset", "captions")
 
@@ -61,9 +64,12 @@ class Shard(Component):
     def run(self, job: Job[ShardSettings]) -> None:
         """List, cut into shards of `rows_per_shard`, run the tasks, report."""
         settings: ShardSettings = job.settings
+        files = refused_files(settings)
         listing = SOURCES[settings.source].listing(settings)
         if not len(listing.items):
-            raise RefusedInput(f"shard.source={settings.source}: {settings.path} lists no samples")
+            raise RefusedInput(
+                f"shard.source={settings.source}: {settings.path} lists no samples{left_out(files)}"
+            )
         tasks = [
             ShardTask(
                 f"part-{part:05d}", part, samples, _write_shard, (settings, listing.shared, items), _made_of
@@ -74,14 +80,26 @@ class Shard(Component):
         limit = settings.max_bad if listing.exact else 1.0
         limits = Refusals(sum(task.samples for task in tasks), limit, "shard.max_bad")
         result = run_shards(job, tasks, group=settings.group, workers=settings.workers, refusals=limits)
+        result.refused += [_as_sample(one) for one in listing.refused]
         Refusals(result.samples, settings.max_bad, "shard.max_bad").check(result)
         result.counts.update(listing.counts)
+        result.counts.update(f"files-left-out/{one.reason}" for one in files)
         note_refused(job, result)
+        if files:
+            job.notes["files_left_out"] = [
+                f"{one.reason}: {printable(one.text)}" for one in files[:IDS_IN_NOTES]
+            ]
+            job.say(f"not everything in {settings.path} is read{left_out(files)}")
         job.notes["dataset_digest"] = sha256_of(sorted((one["path"], one["sha256"]) for one in result.files))
         job.notes["shards"] = {"made": len(tasks) - result.reused, "copied": result.reused}
         if result.reused:
             job.say(f"{result.reused:,} of {len(tasks):,} shards copied from earlier datasets of this root")
         report(job, result)
+
+
+def _as_sample(file: Refusal) -> dict[str, str]:
+    refused = RefusedSample(file.key, file.reason, file.text)
+    return {"id": refused.name, "reason": refused.reason, "detail": str(refused)}
 
 
 def _made_of(arguments: tuple[ShardSettings, Any, Sequence[Any]]) -> str:

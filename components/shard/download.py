@@ -47,7 +47,8 @@ _LARGE = 2**20  # bytes from which on a body is one of the large ones
 _LARGE_AT_ONCE = 4
 _LONGEST_URL = 4096
 _LOOKUPS_AT_ONCE = 32
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_NAT64 = (ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("64:ff9b:1::/48"))
+"""Gateways to IPv4: which address lies behind, only whoever runs them knows."""
 
 
 class Fetched(NamedTuple):
@@ -222,9 +223,7 @@ def is_public(address: str) -> bool:
     hidden: list[ipaddress.IPv4Address | None] = []
     if isinstance(ip, ipaddress.IPv6Address):
         hidden = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
-        if ip in _NAT64:
-            hidden.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
-        if ip.is_site_local:
+        if ip.is_site_local or any(ip in network for network in _NAT64):
             return False
     open_ = ip.is_global and not ip.is_multicast and not ip.is_reserved
     return open_ and all(is_public(str(one)) for one in hidden if one is not None)

@@ -40,6 +40,7 @@ def report(job: Job[ShardSettings], result: ShardResult) -> None:
         },
         "left_out": result.counted("boxes-left-out")
         | {f"captions: {reason}": count for reason, count in result.counted("captions-left-out").items()}
+        | {f"files: {reason}": count for reason, count in result.counted("files-left-out").items()}
         | _listed_twice(result),
     }
     if resized := result.counts.get("photos/resized"):

@@ -60,6 +60,11 @@ class SourceSettings(Settings):
         description="llava, coco: more places of photos, looked at in this order after images: [PREFIX=]PLACE, a "
         "folder, .zip, .tar or s3:// prefix, for the image paths that begin with PREFIX; fingerprinted",
     )
+    follow_links: bool | None = run_field(
+        None,
+        description="Links in path and in roots that are followed: default those that stay inside the folder; true: "
+        "all; false: none, and path itself is none",
+    )
     files: str | None = Field(
         None,
         description="webdataset, parquet: pattern of the files inside path, such as data/train-*.parquet; "

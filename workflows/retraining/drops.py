@@ -2,20 +2,32 @@
 
 A drop prefix is a folder or `s3://bucket/prefix`; each folder right under it is one drop: LLaVA-format JSON or JSONL
 and its pictures. A drop is finished when `_READY` stands in it and its files no longer change. It is known by the
-digest of its files (path, size, ETag or time of change); the root keeps a record of each that was taken, at
+digest of its files (path, size, ETag or time of change). Whoever may put a drop there may put anything there: a link is
+never followed, and only regular files are read. The root keeps a record of each that was taken, at
 `drops/DIGEST.json`.
 """
 
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 import pydantic
 from pydantic import Field
 
-from components.contract import Digest, Entry, Line, Store, open_store, sha256_of
+from components.contract import (
+    DataFolder,
+    Digest,
+    Entry,
+    Line,
+    Links,
+    Refusal,
+    Store,
+    open_data_store,
+    open_store,
+    sha256_of,
+)
 from llava.errors import RefusedInput
 
 READY = "_READY"
@@ -43,7 +55,9 @@ class Looked:
     new: list[Drop]
     waiting: list[str]
     """Drops that are still being written, by URI."""
-    empty: list[str]
+    refused: list[Refusal] = field(default_factory=list)
+    """Links and the like beside the drops, by URI: none of them is a drop."""
+    empty: list[str] = field(default_factory=list)
     """Prefixes under which nothing at all lies: nothing has come in yet, or the prefix is mistyped."""
 
 
@@ -57,14 +71,17 @@ def look(root: str, prefixes: Sequence[str], settle: float = SETTLE_S) -> Looked
     new: list[Drop] = []
     waiting: list[str] = []
     empty: list[str] = []
+    refused: list[Refusal] = []
     for prefix in prefixes:
-        store = open_store(prefix)
+        store = open_drops(prefix)
         if store.local_path is not None and not store.local_path.is_dir():
             raise RefusedInput(
                 f"--drop {prefix}: there is no folder {store.uri}; correct the path, or make the folder"
             )
         found = _folders(store)
-        if not found and next(iter(store.list()), None) is None:
+        beside = [one._replace(key=f"{store.uri}/{one.key}") for one in store.refused() if "/" not in one.key]
+        refused += beside
+        if not found and not beside and next(iter(store.list()), None) is None:
             empty.append(store.uri)
         waiting += [f"{store.uri}/{name}" for name, files in found.items() if not _is_marked(files)]
         candidates = {
@@ -81,7 +98,7 @@ def look(root: str, prefixes: Sequence[str], settle: float = SETTLE_S) -> Looked
                 new.append(drop)
             else:
                 waiting.append(drop.uri)
-    return Looked(new, waiting, empty)
+    return Looked(new, waiting, refused, empty)
 
 
 def pending(root: str, prefixes: Sequence[str], settle: float = SETTLE_S) -> list[Drop]:
@@ -93,6 +110,17 @@ def take(root: str, drop: Drop, note: dict[str, object]) -> bool:
     """Record under `root` that `drop` was taken, with what became of it; False where that is recorded already."""
     record = {"uri": drop.uri, "files": drop.files, "size": drop.size, "taken": datetime.now(UTC).isoformat()}
     return open_store(root).create(_record(drop), json.dumps(record | note, indent=1).encode())
+
+
+def open_drops(prefix: str) -> Store:
+    """The place of drops that the operator names, which may be a link; nothing in it is followed."""
+    here = open_store(prefix).local_path
+    return open_store(prefix) if here is None else DataFolder(here, Links.NONE)
+
+
+def open_drop(uri: str) -> Store:
+    """A drop's files; neither the drop itself nor anything in it may be a link."""
+    return open_data_store(uri, follow_links=False)
 
 
 def _record(drop: Drop) -> str:

@@ -13,12 +13,13 @@ from typing import Any
 
 from components.contract import (
     Artifact,
-    Entry,
     Lease,
+    Refusal,
     Store,
     acquire,
     open_artifact,
     open_store,
+    printable,
     say,
     sha256_of,
 )
@@ -32,7 +33,7 @@ from workflows import plan as plans
 from workflows import train
 from workflows.config import WorkflowConfig
 from workflows.plan import Step
-from workflows.retraining.drops import READY, RECORDS, Drop, Looked, look, take
+from workflows.retraining.drops import READY, RECORDS, Drop, Looked, look, open_drop, take
 from workflows.retraining.records import PLACE, PLAN, VERSIONS, RetrainPlan, plan_of, taken
 from workflows.train import Summary, WorkflowRun
 
@@ -93,6 +94,8 @@ def retrain(config: WorkflowConfig, root: str, prefixes: Sequence[str], wait: bo
     looked = look(root, prefixes, config.retrain.settle)
     for uri in looked.waiting:
         say(f"{uri} waits: no {READY} lies in it yet, or its files still change", "retrain")
+    for one in looked.refused:
+        say(f"{printable(one.key)} is no drop: {printable(one.text)} ({one.reason})", "retrain")
     for uri in looked.empty:
         say(f"nothing at all lies under {uri}: is it where new data comes in?", "retrain")
     if not looked.new and store.stat(PLAN) is None:
@@ -169,7 +172,7 @@ def _champion(config: WorkflowConfig, root: str) -> str:
 
 def _contents(drop: Drop) -> str:
     """Digest of what a drop's files hold; reads them all."""
-    store = open_store(drop.uri)
+    store = open_drop(drop.uri)
     return sha256_of([[entry.key, store.sha256(entry.key)] for entry in store.list() if entry.key != READY])
 
 
@@ -251,16 +254,24 @@ class _Retraining:
 
     def shard(self, drop: Drop) -> None:
         """One artifact per conversations file of the drop; what cannot be read is set aside."""
-        store = open_store(drop.uri)
-        files = [entry for entry in store.list() if _holds_conversations(entry)]
+        store = open_drop(drop.uri)
+        files = [entry for entry in store.list() if _holds_conversations(entry.key)]
         datasets: list[Artifact] = []
         reasons: dict[str, dict[str, Any]] = {}
+        for one in self.refused(drop, store):
+            _count(reasons, one.reason, [one.text], 1)
         if not files:
             _count(reasons, "no-conversations", [f"neither .json nor .jsonl lies in {drop.uri}"], 1)
         limits = {name: getattr(self.config.shard, name) for name in _LIMITS}
         for file in files:
             settings = ShardSettings(
-                source="llava", path=drop.uri, conversations=file.key, heldout=0, max_bad=1, **limits
+                source="llava",
+                path=drop.uri,
+                conversations=file.key,
+                follow_links=False,
+                heldout=0,
+                max_bad=1,
+                **limits,
             )
             try:
                 empty = not len(llava_source.listing(settings).items)
@@ -282,6 +293,18 @@ class _Retraining:
         if bad:
             self.set_aside[drop.uri] = {"records": kept + bad, "set_aside": bad, "reasons": reasons}
             say(f"{drop.uri}: {bad} of {kept + bad} records set aside: {_said(reasons)}", "retrain")
+
+    def refused(self, drop: Drop, store: Store) -> list[Refusal]:
+        """What of a drop is no file of its own: all of it is told; those are given that would hold records.
+
+        Of photos each record that names one is refused and counted.
+        """
+        found = store.refused()
+        for one in found[:IDS_TOLD]:
+            say(f"{drop.uri}: not read: {printable(one.text)} ({one.reason})", "retrain")
+        if len(found) > IDS_TOLD:
+            say(f"{drop.uri}: {len(found) - IDS_TOLD:,} more are not read", "retrain")
+        return [one for one in found if _holds_conversations(one.key)]
 
     def judge_what_was_set_aside(self) -> None:
         """Report it to MLflow, and stop over the limit."""
@@ -320,8 +343,8 @@ class _Retraining:
         }
 
 
-def _holds_conversations(entry: Entry) -> bool:
-    return "/" not in entry.key and entry.key.endswith(_CONVERSATIONS)
+def _holds_conversations(key: str) -> bool:
+    return "/" not in key and key.endswith(_CONVERSATIONS)
 
 
 def _count(reasons: dict[str, dict[str, Any]], reason: str, ids: list[str], times: int) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from components.contract.secrets import refuse_secrets
-from components.contract.store.base import Entry, Stat, Store, StoreError, check_key
+from components.contract.store.base import Entry, Refusal, Stat, Store, StoreError, check_key
+from components.contract.store.data import DataFolder, links_of, open_data_store
+from components.contract.store.files import Links, RefusedFile
 from components.contract.store.folder import FolderStore
 from components.contract.store.s3 import S3Store
 from llava.errors import RefusedInput
@@ -28,13 +30,19 @@ def open_store(uri: str | Path) -> Store:
 
 
 __all__ = [
+    "DataFolder",
     "Entry",
     "Folder",
     "FolderStore",
+    "Links",
+    "Refusal",
+    "RefusedFile",
     "S3Store",
     "Stat",
     "Store",
     "StoreError",
     "check_key",
+    "links_of",
+    "open_data_store",
     "open_store",
 ]

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 from llava.errors import LlavaError, RefusedInput
@@ -37,11 +37,20 @@ class Entry:
     version: str
 
 
+class Refusal(NamedTuple):
+    """Something in a folder that is not listed: its name, a short reason to count by, a text for people."""
+
+    key: str
+    reason: str
+    text: str
+
+
 def check_key(key: str) -> str:
     """Return `key` if it is a plain relative path that stays under its prefix, else raise RefusedInput."""
     parts = key.split("/")
     if (
         not key
+        or not is_text(key)
         or "\0" in key
         or "\\" in key
         or any(p in ("", ".", "..") or p.startswith(SCRATCH) for p in parts)
@@ -50,6 +59,15 @@ def check_key(key: str) -> str:
             f"key {key!r}: must be a relative path of plain names, such as train/part-00000.parquet"
         )
     return key
+
+
+def is_text(key: str) -> bool:
+    """Whether the name is UTF-8; other names of files hold lone surrogates."""
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class Store(ABC):
@@ -138,6 +156,15 @@ class Store(ABC):
     def local_path(self) -> Path | None:
         """Where the store's files lie on this machine, or None if they do not."""
         return None
+
+    def open(self, key: str) -> Any:
+        """pyarrow's file to read `key` from, at any place; close it. FileNotFoundError if there is none."""
+        system, base = self.arrow()
+        return system.open_input_file(f"{base}/{check_key(key)}")
+
+    def refused(self, prefix: str = "") -> Sequence[Refusal]:
+        """What lies under `prefix` and is not listed."""
+        return ()
 
     def sha256(self, key: str) -> str:
         """Hex sha256 of the bytes of `key`."""

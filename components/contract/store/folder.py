@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from components.contract.store.base import SCRATCH, Entry, Stat, Store, check_key
+from components.contract.store.base import SCRATCH, Entry, Stat, Store, check_key, is_text
+from components.contract.store.files import Links, Tree
 from llava.errors import RefusedInput
+
+_COPIED_AT_ONCE = 8 << 20
 
 
 class FolderStore(Store):
@@ -32,10 +35,10 @@ class FolderStore(Store):
     def fetch(self, key: str, most: int | None = None) -> tuple[bytes, str] | None:
         """Bytes and version from one open file, so that they belong together."""
         try:
-            with self._path(key).open("rb") as file:
+            with os.fdopen(self._open(key), "rb") as file:
                 found = os.fstat(file.fileno())
                 self._bound(key, found.st_size, most)
-                return file.read(), _version(found)
+                return file.read(), version_of(found)
         except (FileNotFoundError, NotADirectoryError):
             return None
 
@@ -57,7 +60,7 @@ class FolderStore(Store):
         """Read, compare and rename while holding the lock that belongs to `key`."""
         with self._locked(key):
             current = self._file_stat(key)
-            if current is None or _version(current) != version:
+            if current is None or version_of(current) != version:
                 return False
             with self._temporary(key, data) as temporary:
                 # Clocks of file systems tick in milliseconds: an increasing time keeps two quick swaps apart.
@@ -69,7 +72,7 @@ class FolderStore(Store):
     def stat(self, key: str) -> Stat | None:
         """Size and version, or None."""
         found = self._file_stat(key)
-        return None if found is None else Stat(found.st_size, _version(found))
+        return None if found is None else Stat(found.st_size, version_of(found))
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """Files in the order of their keys; a store's own scratch files are left out."""
@@ -107,7 +110,8 @@ class FolderStore(Store):
         goal.parent.mkdir(parents=True, exist_ok=True)
         temporary = goal.parent / f"{SCRATCH}{uuid4().hex}"
         try:
-            shutil.copyfile(self._path(key), temporary)
+            with os.fdopen(self._open(key), "rb") as source, temporary.open("wb") as target:
+                shutil.copyfileobj(source, target, _COPIED_AT_ONCE)
             temporary.replace(goal)
         finally:
             temporary.unlink(missing_ok=True)
@@ -116,19 +120,19 @@ class FolderStore(Store):
         """A hard link, put in place by rename: files of a store are replaced, never written into."""
         origin = source.local_path
         assert origin is not None
+        if source.stat(key) is None:
+            raise FileNotFoundError(f"{source.uri}/{key} does not exist")
         with self._temporary(to, None) as temporary:
             try:
                 os.link(origin / check_key(key), temporary)
-            except FileNotFoundError:
-                raise FileNotFoundError(f"{source.uri}/{key} does not exist") from None
             except OSError:  # another file system, or one without links
-                shutil.copyfile(origin / check_key(key), temporary)
+                source.download(key, temporary)
                 _flush(temporary)
             temporary.replace(self._path(to))
 
     def chunks(self, key: str, size: int = 8 << 20) -> Iterator[bytes]:
         """The file's bytes, `size` at a time."""
-        with self._path(key).open("rb") as file:
+        with os.fdopen(self._open(key), "rb") as file:
             while chunk := file.read(size):
                 yield chunk
 
@@ -143,6 +147,16 @@ class FolderStore(Store):
         self._root.mkdir(parents=True, exist_ok=True)
         return LocalFileSystem(), self.uri
 
+    def open(self, key: str) -> Any:
+        """pyarrow's file; nothing but a regular file is opened."""
+        from pyarrow.fs import LocalFileSystem
+
+        descriptor = self._open(key)
+        try:
+            return LocalFileSystem().open_input_file(f"/proc/self/fd/{descriptor}")
+        finally:
+            os.close(descriptor)
+
     def probe(self) -> None:
         """Write into the folder; RefusedInput where that is not possible."""
         try:
@@ -155,6 +169,10 @@ class FolderStore(Store):
 
     def _path(self, key: str) -> Path:
         return self._root / check_key(key)
+
+    def _open(self, key: str) -> int:
+        """A descriptor to read `key` from; FileNotFoundError, or RefusedFile for what is no regular file."""
+        return Tree(self.uri, Links.ALL).open(key)
 
     def _file_stat(self, key: str) -> os.stat_result | None:
         try:
@@ -180,7 +198,8 @@ class FolderStore(Store):
                     if error.errno in (errno.ENOENT, errno.ELOOP):
                         continue
                     raise
-                yield Entry(key, found.st_size, _version(found))
+                if stat.S_ISREG(found.st_mode) and is_text(key):
+                    yield Entry(key, found.st_size, version_of(found))
 
     @contextlib.contextmanager
     def _temporary(self, key: str, data: bytes | None) -> Iterator[Path]:
@@ -223,7 +242,7 @@ def _lock_path(path: Path) -> Path:
     return path.parent / f"{SCRATCH}lock-{path.name}"
 
 
-def _version(found: os.stat_result) -> str:
+def version_of(found: os.stat_result) -> str:
     return f"{found.st_mtime_ns}-{found.st_size}-{found.st_ino}"
 
 

@@ -22,6 +22,7 @@ from components.scoring.base import (
     read_text,
     same_rows,
     text_of,
+    texts_in,
 )
 from components.scoring.benchmarks.benchmark import Benchmark
 from components.scoring.benchmarks.reading import Item, Paper, from_questions
@@ -110,7 +111,7 @@ def prompt(row: Record) -> str:
 
 def _result_files(path: Path) -> dict[Key, Reply]:
     """`SUBTASK.txt`: picture, question, truth and answer a line, with tabs between."""
-    names = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+    names = texts_in(path, "*.txt") if path.is_dir() else [path]
     if not names:
         raise RefusedInput(f"{path}: holds no SUBTASK.txt")
     lines: list[tuple[Key, Reply]] = []
@@ -154,11 +155,11 @@ def _truths(path: Path) -> list[tuple[Key, str]]:
         return [
             (key, _truth(str(get(row, "label", path)), path)) for key, row in zip(keys, rows, strict=True)
         ]
-    flat = [] if path.is_file() else [name for name in path.glob("*.txt") if name.stem in SUBTASKS]
+    flat = [] if path.is_file() else [name for name in texts_in(path, "*.txt") if name.stem in SUBTASKS]
     if path.is_file() or flat:
         return [(key, reply.truth) for key, reply in _result_files(path).items()]
     truths: list[tuple[Key, str]] = []
-    for name in sorted(path.glob("*/**/*.txt")):
+    for name in texts_in(path, "*/**/*.txt"):
         subtask = _subtask(name.relative_to(path).parts[0], path)
         for line in filter(str.strip, read_text(name).split("\n")):
             question, _, truth = line.rstrip("\r").rpartition("\t")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from components.contract import MANIFEST, Store, open_store, read_artifact
+from components.contract import MANIFEST, Store, open_data_store, open_store, read_artifact
+from components.contract.store import check_key
 from components.scoring.base import Files, Record, by_id, get, read_json, read_rows, text_of
 from components.scoring.pictures import Picture
 from llava.errors import RefusedInput
@@ -34,6 +34,8 @@ class Asked(Protocol):
     def labels(self) -> str | dict[str, str] | None: ...
     @property
     def images(self) -> str | None: ...
+    @property
+    def follow_links(self) -> bool | None: ...
     @property
     def split(self) -> str: ...
     @property
@@ -80,7 +82,7 @@ class Paper:
 
     def copy(self, uri: str, what: str) -> Path:
         """A copy of the file at `uri` in `folder`."""
-        goal = copy(uri, what, self.folder)
+        goal = copy(uri, what, self.folder, self.settings.follow_links)
         self.own[str(goal)] = uri
         return goal
 
@@ -101,7 +103,8 @@ class Paper:
 
         `beside`: the file in whose folder they lie where `images` names none.
         """
-        store = open_store(self.settings.images or beside.rpartition("/")[0] or ".")
+        place = self.settings.images or beside.rpartition("/")[0] or "."
+        store = open_data_store(place, self.settings.follow_links)
         known: dict[str, Picture] = {}
 
         def find(name: str | None) -> Picture | None:
@@ -205,33 +208,39 @@ def dataset(uri: str) -> Store | None:
     return store
 
 
-def copy(uri: str, what: str, folder: Path) -> Path:
-    """The file at `uri` as `folder/WHAT.SUFFIX`; of a folder its texts alone, as `folder/WHAT`."""
+def copy(uri: str, what: str, folder: Path, follow_links: bool | None = None) -> Path:
+    """The file at `uri` as `folder/WHAT.SUFFIX`; of a folder its texts alone, as `folder/WHAT`.
+
+    RefusedInput for a text in a folder that is no regular file, or a link that is not followed.
+    """
     goal = folder / f"{what.replace(' ', '-')}{Path(uri).suffix}"
-    if uri.startswith("s3://"):
-        above, _, name = uri.rpartition("/")
+    above, name = _above(uri)
+    try:
         if open_store(above).stat(name) is not None:
             open_store(above).download(name, goal)
             return goal
-        inside = open_store(uri)
+        inside = open_data_store(uri, follow_links)
+        for refused in inside.refused():
+            if _is_text(refused.key):
+                raise RefusedInput(f"{uri}: {refused.text}")
         for entry in inside.list():
             if _is_text(entry.key):
-                inside.download(entry.key, goal / entry.key)
-        return goal
-    source = Path(uri).expanduser()
-    try:
-        if source.is_dir():
-            shutil.copytree(source, goal, ignore=_no_texts)
-        else:
-            shutil.copyfile(source, goal)
+                inside.download(entry.key, goal / check_key(entry.key))
     except OSError as error:
         raise RefusedInput(f"{uri}: {error.strerror or error}; give the path of a file") from None
+    if inside.local_path is not None and not inside.local_path.is_dir():
+        raise RefusedInput(f"{uri}: No such file or directory; give the path of a file")
     return goal
+
+
+def _above(uri: str) -> tuple[str, str]:
+    """The folder or prefix that holds `uri`, and its name there."""
+    if uri.startswith("s3://"):
+        above, _, name = uri.rpartition("/")
+        return above, name
+    path = Path(uri).expanduser().absolute()
+    return str(path.parent), path.name or "."
 
 
 def _is_text(name: str) -> bool:
     return Path(name).suffix.lower() in TEXTS
-
-
-def _no_texts(folder: str, names: Sequence[str]) -> set[str]:
-    return {name for name in names if not _is_text(name) and not (Path(folder) / name).is_dir()}

@@ -10,21 +10,24 @@ from __future__ import annotations
 
 import hashlib
 import io
+import struct
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import PurePosixPath
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, NamedTuple, cast
 
 import numpy as np
 
 from components.shard.sources.record_index import File, read_at
+from components.shard.sources.tars import Stream, members_of
 from llava.data.images import BadImage
 from llava.errors import RefusedInput
 
 SUFFIXES = (".zip", ".tar")
-_LONGEST_HEADER = 2**20  # bytes that a tar's own long names may take
+_LONGEST_TABLE = 256 * 2**20  # bytes of a zip's table: a few million members
+_TABLE_SIZE = 5  # where zipfile's record of the end has the table's length
 _STORED, _DEFLATED, _LINK, _OTHER = range(4)
 _MEMBER = np.dtype(
     [("name", "u8"), ("start", "i8"), ("packed", "i8"), ("size", "i8"), ("crc", "u4"), ("kind", "u1")]
@@ -55,7 +58,7 @@ class Archive:
         try:
             members = list(_zip_members(file) if self._zipped else _tar_members(file))
         except (
-            zipfile.BadZipFile, tarfile.TarError, NotImplementedError, EOFError, OverflowError, ValueError
+            zipfile.BadZipFile, tarfile.TarError, NotImplementedError, EOFError, OverflowError, ValueError, struct.error
         ) as error:  # fmt: skip
             raise RefusedInput(
                 f"{file}: no {file.key[-3:]} archive that can be read in place: {error}"
@@ -133,60 +136,21 @@ class Archive:
             raise BadImage("broken", f"{self.file}: {path} does not unpack: {error}") from None
 
 
-class CarefulTarInfo(tarfile.TarInfo):
-    """A header that raises ReadError where the standard one would end the archive in silence or take all memory."""
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> CarefulTarInfo:
-        """One header of 512 bytes."""
-        try:
-            info = super().frombuf(buf, encoding, errors)
-        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:  # type: ignore[attr-defined]
-            raise tarfile.ReadError(f"damaged: {error}") from None
-        if info.type in _TAR_EXTENSIONS and info.size > _LONGEST_HEADER:
-            raise tarfile.ReadError(f"damaged: a name of {info.size:,} bytes")
-        return info
-
-
-_TAR_EXTENSIONS = (
-    tarfile.GNUTYPE_LONGNAME,
-    tarfile.GNUTYPE_LONGLINK,
-    tarfile.XHDTYPE,
-    tarfile.XGLTYPE,
-    tarfile.SOLARIS_XHDTYPE,
-)
-
-
-class Stream(io.RawIOBase):
-    """A file of any store as something to read from front to back."""
-
-    def __init__(self, file: File) -> None:
-        self._chunks = file.store.chunks(file.key)
-        self._rest = b""
-        self.taken = 0
-
-    def readable(self) -> bool:
-        """Yes."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Fill the buffer with what is there; 0 at the end."""
-        if not self._rest:
-            self._rest = next(self._chunks, b"")
-        count = min(len(buffer), len(self._rest))
-        buffer[:count] = self._rest[:count]
-        self._rest = self._rest[count:]
-        self.taken += count
-        return count
-
-
 def _hash(name: str) -> int:
     data = name.encode("utf-8", "surrogateescape")
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 def _zip_members(file: File) -> Iterator[Member]:
-    with _seekable(file) as opened, zipfile.ZipFile(opened) as archive:
+    with file.store.open(file.key) as opened:
+        table = zipfile._EndRecData(opened)  # type: ignore[attr-defined]
+        if table is not None and table[_TABLE_SIZE] > _LONGEST_TABLE:
+            raise zipfile.BadZipFile(f"a table of {table[_TABLE_SIZE]:,} bytes, limit {_LONGEST_TABLE:,}")
+        yield from _zip_table(opened)
+
+
+def _zip_table(opened: IO[bytes]) -> Iterator[Member]:
+    with zipfile.ZipFile(opened) as archive:
         for info in archive.infolist():
             if info.is_dir():
                 continue
@@ -205,27 +169,10 @@ def _zip_members(file: File) -> Iterator[Member]:
 
 def _tar_members(file: File) -> Iterator[Member]:
     local = file.store.local_path is not None
-    with _seekable(file) if local else io.BufferedReader(Stream(file), 2**20) as opened:
-        for info in members_of(opened, "r:" if local else "r|"):
+    with file.store.open(file.key) if local else io.BufferedReader(Stream(file), 2**20) as opened:
+        for info in members_of(opened, "r:" if local else "r|", file.size):
             if info.isdir():
                 continue
             kind = _STORED if info.isreg() and not info.issparse() else _LINK
             name = info.name.removeprefix("./")
             yield Member(name, info.offset_data, info.size, info.size, 0, kind)
-
-
-def members_of(opened: IO[bytes], mode: Any) -> Iterator[tarfile.TarInfo]:
-    """The headers of a tar one by one, without a list of them in memory. Raises tarfile.TarError."""
-    with tarfile.open(fileobj=opened, mode=mode, tarinfo=CarefulTarInfo) as archive:
-        while (info := archive.next()) is not None:
-            if info.size < 0:
-                raise tarfile.ReadError(f"damaged: a member of {info.size:,} bytes")
-            yield info
-            archive.members.clear()  # type: ignore[attr-defined]
-
-
-def _seekable(file: File) -> IO[bytes]:
-    if (here := file.store.local_path) is not None:
-        return (here / file.key).open("rb")
-    system, base = file.store.arrow()
-    return cast(IO[bytes], system.open_input_file(f"{base}/{file.key}"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from components.contract.digest import fingerprint
-from components.contract.store import Store, open_store
+from components.contract.store import Refusal, Store, links_of, open_data_store
 from components.shard.source_settings import SourceSettings
 from llava.data.schema import Row
 from llava.errors import LlavaError, RefusedInput
@@ -40,7 +40,8 @@ class Listing:
     `items` may be a lazy sequence (see `record_index.py`). `shared`: what all samples share. `counts`: what the list
     itself left out (boxes of crowds, say). `sizes`: how many samples each item holds, where an item is a file or
     a part of one; None: one each. `exact`: False where `sizes` is an estimate. `marks`: (n,) uint64, a hash of each
-    item's name, or `NEVER` where no shard may begin; None where items are only ever added at the end.
+    item's name, or `NEVER` where no shard may begin; None where items are only ever added at the end. `refused`: files
+    of samples that are not read, each counted as one refused sample.
     """
 
     items: Sequence[Any]
@@ -49,6 +50,7 @@ class Listing:
     sizes: Sequence[int] | None = None
     exact: bool = True
     marks: np.ndarray | None = None
+    refused: Sequence[Refusal] = ()
 
     def shards(self, rows: int) -> Iterator[tuple[Sequence[Any], int]]:
         """The items cut into runs of at most `rows` samples, each with its number of samples.
@@ -148,7 +150,7 @@ def mark(name: str) -> int:
 def open_data(settings: SourceSettings) -> Store:
     """The data folder; RefusedInput where nothing lies there."""
     assert settings.path is not None
-    store = open_store(settings.path)
+    store = open_data_store(settings.path, settings.follow_links)
     here = store.local_path
     if not here.is_dir() if here is not None else next(store.list(), None) is None:
         raise RefusedInput(f"shard.path={settings.path}: no such folder ({store.uri})")
@@ -157,7 +159,16 @@ def open_data(settings: SourceSettings) -> Store:
 
 def files_of(settings: SourceSettings) -> dict[str, str]:
     """The fingerprint of the data folder."""
-    return {settings.source: fingerprint(open_data(settings).uri)}
+    return {settings.source: fingerprint(open_data(settings).uri, links_of(settings.follow_links))}
+
+
+def left_out(refused: Sequence[Refusal]) -> str:
+    """What a folder holds and nobody reads, for a message: "" for nothing."""
+    if not refused:
+        return ""
+    reasons = Counter(one.reason for one in refused)
+    told = ", ".join(f"{count:,} x {reason}" for reason, count in reasons.items())
+    return f" (left out: {told}, such as {_printable(refused[0].text, 2 * _LONGEST_NAME)})"
 
 
 def one_file(store: Store, setting: str, named: str | None, *suffixes: str) -> str:
@@ -167,7 +178,8 @@ def one_file(store: Store, setting: str, named: str | None, *suffixes: str) -> s
         if len(keys) != 1:
             found = f"it holds several: {', '.join(keys)}" if keys else "it holds none"
             raise RefusedInput(
-                f"shard.path={store.uri}: which {setting} file? {found}; name it in shard.{setting}"
+                f"shard.path={store.uri}: which {setting} file? {found}{left_out(store.refused())}; "
+                f"name it in shard.{setting}"
             )
         return keys[0]
     if store.stat(named) is None:

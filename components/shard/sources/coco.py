@@ -26,6 +26,7 @@ from components.shard.sources.base import (
     Loaded,
     RefusedSample,
     each,
+    left_out,
     mark,
     open_data,
     plain,
@@ -67,8 +68,8 @@ def locate(settings: SourceSettings) -> Files:
             if len(keys) != 1:
                 found = f"several: {', '.join(keys)}" if keys else "none"
                 raise RefusedInput(
-                    f"shard.path={settings.path}: which captions file? annotations/ holds {found}; "
-                    "name it in shard.captions"
+                    f"shard.path={settings.path}: which captions file? annotations/ holds {found}"
+                    f"{left_out(store.refused())}; name it in shard.captions"
                 )
             captions = keys[0]
     path = PurePosixPath(captions)

@@ -24,7 +24,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from components.contract.store import Store
+from components.contract.store import RefusedFile, Store
+from components.datasets.footers import check_footers
 from components.shard.source_settings import SourceSettings
 from components.shard.sources.base import (
     DataSource,
@@ -34,6 +35,7 @@ from components.shard.sources.base import (
     RefusedSample,
     ahead,
     files_of,
+    left_out,
     mark,
     open_data,
     plain,
@@ -42,6 +44,7 @@ from components.shard.sources.base import (
 )
 from components.shard.sources.llava import check_slots, turns_of
 from components.shard.sources.photos import admit, resized
+from components.shard.sources.tars import most_unpacked
 from llava.data.parquet_files import damage_told, open_foreign
 from llava.data.schema import IMAGE_COLUMNS, Row
 from llava.errors import RefusedInput
@@ -79,6 +82,7 @@ def check(settings: SourceSettings) -> Columns:
     """The columns of the first file; RefusedInput where one is missing or of no use."""
     store = open_data(settings)
     keys = keys_of(store, settings, ".parquet")
+    check_footers(store, settings.follow_links, keys[:1])
     with opened(store, keys[0]) as file:
         return columns_of(settings, file.schema_arrow, f"{store.uri}/{keys[0]}")
 
@@ -86,17 +90,25 @@ def check(settings: SourceSettings) -> Columns:
 def listing(settings: SourceSettings) -> Listing:
     """The row groups of all files, in the order of their names."""
     store = open_data(settings)
-    return list_groups(store, keys_of(store, settings, ".parquet"), check(settings))
+    columns, keys = check(settings), keys_of(store, settings, ".parquet")
+    check_footers(store, settings.follow_links, keys)
+    return list_groups(settings, store, keys, columns)
 
 
-def list_groups(store: Store, keys: list[str], columns: Columns) -> Listing:
+def list_groups(settings: SourceSettings, store: Store, keys: list[str], columns: Columns) -> Listing:
     """The row groups of these files; RefusedInput for a file that is damaged or has other columns."""
 
     def footer(key: str) -> list[int]:
         with opened(store, key) as file:
             if missing := set(columns.names) - set(file.schema_arrow.names):
                 raise RefusedInput(f"{store.uri}/{key}: no column {', '.join(sorted(missing))}")
-            return [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+            counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        stat = store.stat(key)
+        if stat is None or any(not 0 <= count <= most_unpacked(stat.size) for count in counts):
+            raise RefusedInput(
+                f"{store.uri}/{key} is no Parquet file that can be read: impossible numbers of rows"
+            )
+        return counts
 
     items, sizes = [], []
     with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
@@ -107,7 +119,9 @@ def list_groups(store: Store, keys: list[str], columns: Columns) -> Listing:
                 sizes.append(count)
                 first += count
     marks = np.array([mark(f"{item.key} {item.group}") for item in items], np.uint64)
-    return Listing(items, (store, columns), sizes=sizes, marks=marks)
+    pattern = settings.files or "*.parquet"
+    refused = [one for one in store.refused() if fnmatch(one.key, pattern)]
+    return Listing(items, (store, columns), sizes=sizes, marks=marks, refused=refused)
 
 
 def rows(
@@ -115,15 +129,44 @@ def rows(
 ) -> Iterator[Outcome]:
     """The rows of the row groups, in their order."""
     store, columns = shared
-    for key, group, first in items:
-        number = first
+    for item in items:
+        yield from _rows_of(settings, store, columns, item)
+
+
+def _rows_of(settings: SourceSettings, store: Store, columns: Columns, item: Group) -> Iterator[Outcome]:
+    """The rows of one group; from where it is damaged, or unpacks to too much, one refused sample for the rest."""
+    key, group, number = item
+    rest: tuple[str, str] | None = None
+    try:
         with opened(store, key) as file:
+            left = _most_bytes(file, group, columns)
             for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=columns.names):
+                left -= batch.nbytes
+                if left < 0:
+                    rest = ("bomb", "the rows are far larger than their part of the file")
+                    break
                 named = [
                     (_name(key, number + n, cells, columns), cells) for n, cells in enumerate(_cells(batch))
                 ]
                 yield from ahead(lambda one: _load(settings, columns, *one), named)
                 number += batch.num_rows
+    except RefusedFile as error:
+        rest = (error.reason, str(error))
+    except RefusedInput as error:
+        rest = ("broken-parquet", str(error))
+    if rest is not None:
+        yield RefusedSample(f"{key}: the rows from {number:,} on", *rest)
+
+
+def _most_bytes(file: pq.ParquetFile, group: int, columns: Columns) -> int:
+    """Bytes to which a row group may unpack; RefusedInput where it announces more."""
+    about = file.metadata.row_group(group)
+    parts = [about.column(number) for number in range(about.num_columns)]
+    mine = [part for part in parts if part.path_in_schema.partition(".")[0] in columns.names]
+    most = most_unpacked(sum(part.total_compressed_size for part in mine))
+    if (told := sum(part.total_uncompressed_size for part in mine)) > most:
+        raise RefusedFile("bomb", f"row group {group} would unpack to {told:,} bytes; limit {most:,}")
+    return most
 
 
 def keys_of(store: Store, settings: SourceSettings, suffix: str) -> list[str]:
@@ -131,7 +174,9 @@ def keys_of(store: Store, settings: SourceSettings, suffix: str) -> list[str]:
     pattern = settings.files or f"*{suffix}"
     keys = [entry.key for entry in store.list() if fnmatch(entry.key, pattern)]
     if not keys:
-        raise RefusedInput(f"shard.path={store.uri}: no file is named like {pattern}; see shard.files")
+        raise RefusedInput(
+            f"shard.path={store.uri}: no file is named like {pattern}; see shard.files{left_out(store.refused())}"
+        )
     return keys
 
 
@@ -278,12 +323,13 @@ def _is_text(kind: pa.DataType) -> bool:
 @contextmanager
 def opened(store: Store, key: str) -> Iterator[pq.ParquetFile]:
     """The file, to read with little memory; RefusedInput where it is none."""
-    system, base = store.arrow()
     where = f"{store.uri}/{key}"
     with (
         damage_told(where),
-        system.open_input_file(f"{base}/{key}") as source,
-        open_foreign(source, where, buffer_size=2**20, pre_buffer=False) as file,
+        store.open(key) as source,
+        open_foreign(
+            source, where, buffer_size=2**20, pre_buffer=False, page_checksum_verification=True
+        ) as file,
     ):
         yield file
 

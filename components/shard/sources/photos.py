@@ -12,10 +12,10 @@ from pathlib import PurePosixPath
 from typing import NamedTuple, Protocol
 
 from components.contract.digest import fingerprint
-from components.contract.store import Store, check_key, open_store
+from components.contract.store import Refusal, RefusedFile, Store, check_key, links_of, open_data_store
 from components.shard.source_settings import SourceSettings
 from components.shard.sources.archives import SUFFIXES, Archive
-from components.shard.sources.base import RefusedSample, files_of, open_data
+from components.shard.sources.base import RefusedSample, files_of, left_out, open_data
 from components.shard.sources.record_index import File
 from llava.data.images import BadImage, Size, prove, read_size, shrink
 from llava.data.schema import ImageCell
@@ -58,6 +58,8 @@ class Folder:
             return self.store.read(key)
         except FileNotFoundError:
             return None
+        except RefusedFile as error:
+            raise BadImage(error.reason, str(error)) from None
         except OSError as error:
             if error.errno not in _UNREADABLE:
                 raise
@@ -67,6 +69,8 @@ class Folder:
         """Size and time of change, or ETag."""
         try:
             found = self.store.stat(self.prefix + path)
+        except RefusedFile as error:
+            return error.reason
         except OSError as error:
             if error.errno not in _UNREADABLE:
                 raise
@@ -128,8 +132,17 @@ def external_with_roots(settings: SourceSettings) -> dict[str, str]:
     found = files_of(settings)
     for number, root in enumerate(settings.roots):
         prefix, place = _split(root)
-        found[f"photos {number} {prefix}".rstrip()] = fingerprint(place)
+        found[f"photos {number} {prefix}".rstrip()] = fingerprint(place, links_of(settings.follow_links))
     return found
+
+
+def refused_files(settings: SourceSettings) -> list[Refusal]:
+    """What lies in the data folder and in further places of photos and is neither listed nor read."""
+    if settings.path is None:
+        return []
+    places = [_split(root)[1] for root in settings.roots if not root.endswith(SUFFIXES)]
+    stores = [open_data(settings), *(open_data_store(place, settings.follow_links) for place in places)]
+    return [one for store in stores for one in store.refused()]
 
 
 def find_photos(settings: SourceSettings, *also: str) -> Photos:
@@ -142,7 +155,7 @@ def find_photos(settings: SourceSettings, *also: str) -> Photos:
     roots: list[tuple[str, Root]] = [("", first)]
     for root in settings.roots:
         prefix, place = _split(root)
-        roots.append((prefix, _open(place)))
+        roots.append((prefix, _open(place, settings.follow_links)))
     return Photos(tuple(roots), " or ".join([store.uri, *(_split(root)[1] for root in settings.roots)]))
 
 
@@ -190,7 +203,7 @@ def _split(root: str) -> tuple[str, str]:
 
 def _usual(store: Store, *names: str) -> Root:
     for name in names:
-        if next(store.list(f"{name}/"), None) is not None:
+        if _is_folder(store, name):
             return Folder(store, f"{name}/")
     for name in names:
         for suffix in SUFFIXES:
@@ -199,19 +212,29 @@ def _usual(store: Store, *names: str) -> Root:
     return Folder(store)
 
 
+def _is_folder(store: Store, name: str) -> bool:
+    """Whether photos are looked for there; of a link that is not followed each is refused with the reason."""
+    try:
+        store.stat(name)
+    except RefusedFile:
+        return True
+    return next(store.list(f"{name}/"), None) is not None or bool(store.refused(f"{name}/"))
+
+
 def _inside(store: Store, name: str) -> Root:
     if name.endswith(SUFFIXES) and store.stat(name) is not None:
         return Archive(File.at(store, name))
     return Folder(store, name.rstrip("/") + "/")
 
 
-def _open(place: str) -> Root:
+def _open(place: str, follow_links: bool | None) -> Root:
     parent, _, name = place.rstrip("/").rpartition("/")
     if name.endswith(SUFFIXES):
-        store = open_store(parent or ("/" if place.startswith("/") else "."))
+        # Whoever names a file means it, wherever a link of that name leads.
+        store = open_data_store(parent or ("/" if place.startswith("/") else "."), True)
         if store.stat(name) is not None:
             return Archive(File.at(store, name))
-    store = open_store(place)
+    store = open_data_store(place, follow_links)
     if next(store.list(), None) is None:
-        raise RefusedInput(f"shard.roots: {place}: nothing lies there")
+        raise RefusedInput(f"shard.roots: {place}: nothing lies there{left_out(store.refused())}")
     return Folder(store)

@@ -44,10 +44,9 @@ class File(NamedTuple):
 def read_at(file: File, start: int, size: int) -> bytes:
     """`size` bytes of a file from `start` on; StoreError where it has become shorter."""
     store, key = file.store, file.key
-    if (here := store.local_path) is not None:
-        with (here / check_key(key)).open("rb") as opened:
-            opened.seek(start)
-            data = opened.read(size)
+    if store.local_path is not None:
+        with store.open(key) as opened:
+            data: bytes = opened.read_at(size, start)
     else:
         data = _remote(store.uri, check_key(key), file.version).read_at(size, start)
     if len(data) != size:

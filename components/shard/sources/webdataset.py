@@ -11,20 +11,19 @@ files with a column `jpg`, `png` or `webp` are read.
 
 from __future__ import annotations
 
-import io
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import PurePosixPath
-from typing import IO, Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from components.contract.store import Store
+from components.datasets.footers import check_footers
 from components.shard.source_settings import SourceSettings
 from components.shard.sources import parquet
-from components.shard.sources.archives import CarefulTarInfo, Stream
 from components.shard.sources.base import (
     DataSource,
     Listing,
@@ -41,6 +40,7 @@ from components.shard.sources.base import (
 from components.shard.sources.json_stream import parse
 from components.shard.sources.photos import admit, resized
 from components.shard.sources.record_index import File
+from components.shard.sources.tars import Stream, reading
 from llava.data.schema import Row
 from llava.errors import RefusedInput
 
@@ -65,6 +65,7 @@ def check(settings: SourceSettings) -> parquet.Columns | None:
     if _tars(store, settings):
         return None
     keys = parquet.keys_of(store, settings, ".parquet")
+    check_footers(store, settings.follow_links, keys)
     return _columns(store, keys)
 
 
@@ -77,9 +78,12 @@ def listing(settings: SourceSettings) -> Listing:
         size = max(1, _bytes_of_a_sample(first))
         marks = np.array([mark(file.key) for file in files], np.uint64)
         sizes = [max(1, file.size // size) for file in files]
-        return Listing(files, sizes=sizes, exact=False, marks=marks)
-    keys = [key for key in parquet.keys_of(store, settings, ".parquet") if _has_pictures(store, key)]
-    return parquet.list_groups(store, keys, _columns(store, keys))
+        refused = [one for one in store.refused() if _is_tar(one.key, settings)]
+        return Listing(files, sizes=sizes, exact=False, marks=marks, refused=refused)
+    named = parquet.keys_of(store, settings, ".parquet")
+    check_footers(store, settings.follow_links, named)
+    keys = [key for key in named if _has_pictures(store, key)]
+    return parquet.list_groups(settings, store, keys, _columns(store, keys))
 
 
 def rows(
@@ -99,9 +103,8 @@ def samples(file: File, longest: int) -> Iterator[Raw]:
     current: Raw | None = None
     damage = None
     try:
-        with _tar(stream) as archive:
-            while (info := archive.next()) is not None:
-                archive.members.clear()  # type: ignore[attr-defined]
+        with reading(stream, file.size) as members:
+            for archive, info in members:
                 if info.isdir():
                     continue
                 name, suffix = _split(info.name)
@@ -129,8 +132,10 @@ def _with(raw: Raw, archive: tarfile.TarFile, info: tarfile.TarInfo, suffix: str
         reason = "too-many-bytes" if suffix in PICTURES else "text-too-long"
     elif suffix in raw.members:
         reason = "member-twice"
+    elif suffix in PICTURES and not raw.members.keys().isdisjoint(PICTURES):
+        reason = "several-images"
     if reason is not None:
-        return raw._replace(fault=(reason, f"{info.name} of {info.size:,} bytes: {reason}"))
+        return raw._replace(members={}, fault=(reason, f"{info.name} of {info.size:,} bytes: {reason}"))
     opened = archive.extractfile(info)
     assert opened is not None
     return raw._replace(members={**raw.members, suffix: opened.read()})
@@ -183,22 +188,21 @@ def _split(member: str) -> tuple[str, str]:
 def _bytes_of_a_sample(file: File) -> int:
     """A guess, from the beginning of the tar."""
     seen, stream = set(), Stream(file)
-    with suppress(tarfile.TarError, EOFError), _tar(stream) as archive:
-        while stream.taken < _LOOK and (info := archive.next()) is not None:
-            archive.members.clear()  # type: ignore[attr-defined]
+    with suppress(tarfile.TarError, EOFError), reading(stream, file.size) as members:
+        for _, info in members:
             seen.add(_split(info.name)[0])
+            if stream.taken >= _LOOK:
+                break
     return stream.taken // max(1, len(seen))
-
-
-def _tar(stream: Stream) -> tarfile.TarFile:
-    buffered = cast(IO[bytes], io.BufferedReader(stream, 2**20))
-    return tarfile.open(fileobj=buffered, mode="r|*", tarinfo=CarefulTarInfo)
 
 
 def _tars(store: Store, settings: SourceSettings) -> list[str]:
     """The tars that `shard.files` chooses, else all."""
-    keys = [entry.key for entry in store.list() if entry.key.endswith(SUFFIXES)]
-    return [key for key in keys if settings.files is None or fnmatch(key, settings.files)]
+    return [entry.key for entry in store.list() if _is_tar(entry.key, settings)]
+
+
+def _is_tar(key: str, settings: SourceSettings) -> bool:
+    return key.endswith(SUFFIXES) and (settings.files is None or fnmatch(key, settings.files))
 
 
 def _has_pictures(store: Store, key: str) -> bool:

@@ -202,6 +202,8 @@ def test_a_name_that_turns_private_after_it_was_looked_up_is_not_followed(
         ("ff02::1", False),
         ("::ffff:10.0.0.1", False),
         ("64:ff9b::a00:1", False),
+        ("64:ff9b::808:808", False),
+        ("64:ff9b:1::808:808", False),
         ("2002:7f00:1::", False),
     ],
 )
