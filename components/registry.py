@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from components.contract import MANIFEST, Artifact, TrackingError, artifact_with, open_store, read_artifact
+from components.contract.database import checked, database_path, database_uri
 from components.contract.tracking import Tracking
 from llava.errors import LlavaError, RefusedInput
 
@@ -60,8 +61,8 @@ def resolve(uri: str, tracking: Tracking | None = None) -> str:
         if tracking is None:
             raise RefusedInput(f"{uri}: name the MLflow store in which it is registered")
         name, alias, number = named["name"], named["alias"], named["version"]
-        database = Path(tracking.uri.removeprefix("sqlite:///"))
-        if tracking.uri.startswith("sqlite:///") and not database.is_file():
+        database = database_path(tracking.uri)
+        if database is not None and not database.is_file():
             raise RefusedInput(
                 f"{uri}: there is no MLflow database at {database}; name the root it was trained in"
             )
@@ -98,7 +99,9 @@ def open_model(uri: str, tracking: Tracking | None = None) -> Path:
 def tracking_uri(root: str) -> str:
     """The MLflow that belongs to `root`: `MLFLOW_TRACKING_URI`, or a database in the root (beside it: ./runs)."""
     named = os.environ.get("MLFLOW_TRACKING_URI")
-    return named or f"sqlite:///{open_store(root).local_path or Path('runs').absolute()}/mlflow.db"
+    return (
+        checked(named) if named else database_uri((open_store(root).local_path or Path("runs")) / "mlflow.db")
+    )
 
 
 def existing_registry(root: str) -> Registry:
@@ -107,8 +110,8 @@ def existing_registry(root: str) -> Registry:
     if store.local_path is not None and not store.local_path.is_dir():
         raise RefusedInput(f"root {root}: there is no folder {store.uri}; name the root that was trained in")
     uri = tracking_uri(root)
-    database = Path(uri.removeprefix("sqlite:///"))
-    if uri.startswith("sqlite:///") and not database.is_file():
+    database = database_path(uri)
+    if database is not None and not database.is_file():
         raise RefusedInput(
             f"root {root}: there is no MLflow database at {database}: set MLFLOW_TRACKING_URI to the one that it was "
             "trained with"

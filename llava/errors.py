@@ -47,7 +47,7 @@ class Preempted(LlavaError):
 
 
 class Terminated(BaseException):
-    """SIGTERM or Ctrl-C reached the command; it leaves with the status of `Preempted`.
+    """SIGTERM, SIGHUP or Ctrl-C reached the command; it leaves with the status of `Preempted`.
 
     No Exception: it comes up wherever the program happens to be, and nobody on its way may take it for a failure of
     what was just being done.

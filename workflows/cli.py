@@ -1,7 +1,10 @@
 """The command `llava`."""
 
+import contextlib
 import json
+import os
 import signal
+import stat
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -272,9 +275,31 @@ def _run(
         print(json.dumps(summary.as_json()), flush=True)
 
 
+_STOPS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C", signal.SIGHUP: "SIGHUP (a closed terminal)"}
+
+
 def _terminated(number: int, frame: Any) -> None:
-    what = "SIGTERM" if number == signal.SIGTERM else "Ctrl-C"
+    what = _STOPS[signal.Signals(number)]
+    _forget_closed_terminals()
     raise Terminated(f"stopped by {what}; the same command goes on from the last checkpoint")
+
+
+def _forget_closed_terminals() -> None:
+    """What would be written to a terminal that is gone goes nowhere; saving must not fail at it."""
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, descriptor)
+                os.close(nowhere)
+
+
+def _listen(handler: Any) -> None:
+    """Give the signals that stop a command to `handler`."""
+    for number in _STOPS:
+        # Where the shell has it ignored, as in the background of a script or under nohup, it stays so.
+        if number == signal.SIGTERM or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def main() -> None:
@@ -282,10 +307,7 @@ def main() -> None:
     from components.ray_cluster import connection
 
     connection.prepare()
-    signal.signal(signal.SIGTERM, _terminated)
-    # Where the shell has it ignored, as in the background of a script, it stays so.
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, _terminated)
+    _listen(_terminated)
     try:
         try:
             app()
@@ -295,7 +317,11 @@ def main() -> None:
     except SystemExit:
         raise
     except BaseException as error:
-        sys.exit(failures.tell(error))
+        # From here on the command leaves: another signal cannot make it leave sooner.
+        _listen(signal.SIG_IGN)
+        status = failures.tell(error)
+        connection.leave(status)
+        sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from components.contract import Artifact, TrackedRun, Tracking, TrackingError, Workspace, open_store
@@ -13,7 +12,7 @@ from components.contract.runner import Outcome
 from components.ray_cluster import connection
 from components.registry import tracking_uri
 from components.training.record import curves
-from llava.errors import Preempted, Terminated
+from llava.errors import Preempted, RefusedInput, Terminated
 from workflows import config as configs
 from workflows import plan as plans
 from workflows.config import WorkflowConfig
@@ -48,11 +47,11 @@ class Summary:
 def open_workspace(name: str, root: str, wait: bool = False) -> Workspace:
     """Store and MLflow for `root`, both tried before any work; `MLFLOW_TRACKING_URI` names a server."""
     store = open_store(root)
+    if store.local_path is None and any(mark in root for mark in "?#"):
+        raise RefusedInput(f"root {root}: MLflow cuts an s3:// URI at ? and #; give a prefix without them")
     uri = tracking_uri(root)
     # An S3 root keeps MLflow's files too; a server has its own place for them.
     files = f"{store.uri}/mlflow" if store.local_path is None and not uri.startswith("http") else None
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     workspace = Workspace(store, Tracking(uri, name, files), wait=wait, cluster=connection.connect)
     workspace.check()
     return workspace

@@ -9,9 +9,9 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+from components.contract.database import database_path
 from llava.errors import LlavaError
 
 
@@ -38,8 +38,8 @@ def client(uri: str) -> Any:
         os.environ["MLFLOW_S3_ENDPOINT_URL"] = endpoint
     key = (os.getpid(), uri)
     if key not in _clients:
-        if uri.startswith("sqlite:///"):
-            Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        if (database := database_path(uri)) is not None:
+            database.parent.mkdir(parents=True, exist_ok=True)
         from mlflow import MlflowClient
 
         for logger in ("mlflow", "alembic"):

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from components.contract.database import check_writable, checked, database_path, database_uri
 from components.contract.mlflow_client import TrackingError, client, errors
 from components.contract.secrets import refuse_secrets
 from components.contract.tracked_run import TAG_LENGTH, TrackedRun
@@ -30,8 +30,8 @@ class Tracking:
         """
         self.uri = _tracking_uri(uri)
         self.experiment = experiment
-        if artifact_location is None and self.uri.startswith("sqlite:///"):
-            artifact_location = str(Path(self.uri.removeprefix("sqlite:///")).parent / "mlartifacts")
+        if artifact_location is None and (database := database_path(self.uri)) is not None:
+            artifact_location = str(database.parent / "mlartifacts")
         self.artifact_location = artifact_location and refuse_secrets(artifact_location, "artifact location")
         self._experiment_id: str | None = None
 
@@ -44,6 +44,7 @@ class Tracking:
         """Reach MLflow and find or make the experiment, within seconds; RefusedInput if that fails."""
         quick = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
         before = {name: os.environ.get(name) for name in quick}
+        check_writable(self.uri)
         os.environ.update(quick)
         try:
             self._experiment_id = None
@@ -124,12 +125,12 @@ class Tracking:
 
 
 def _tracking_uri(uri: str) -> str:
-    refuse_secrets(uri, "the tracking URI")
+    checked(refuse_secrets(uri, "the tracking URI"))
     if uri.startswith(("http://", "https://")):
         return uri.rstrip("/")
-    if uri.startswith("sqlite:///"):
+    if (database := database_path(uri)) is not None:
         # Relative to this process's folder, which Ray's workers do not share.
-        return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).expanduser().absolute()}"
+        return database_uri(database)
     if uri.startswith(_DATABASES):
         return uri
     raise RefusedInput(

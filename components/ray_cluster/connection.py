@@ -1,18 +1,36 @@
 """The Ray cluster that components run on: the one that `RAY_ADDRESS` names, or a local one for this command."""
 
+import atexit
+import logging
 import os
 import secrets
-import signal
 import sys
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from components.contract.manifest import MANIFEST
 from components.contract.provenance import installed_root, source_digest, source_root
 from components.contract.workspace import Workspace
-from llava.errors import LlavaError, RefusedInput
+from components.ray_cluster import starting
+from components.ray_cluster.folder import ClusterFolder
+from components.ray_cluster.watchdog import MARK
+from llava.errors import LlavaError, RefusedInput, Terminated
+
+_QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
+
+
+@dataclass
+class _Joined:
+    by_us: bool = False
+    """Whether this module connected the process, and nobody who uses it."""
+    folder: ClusterFolder | None = None
+    """Of the local cluster that it started."""
+
+
+_joined = _Joined()
 
 
 def prepare() -> None:
@@ -33,23 +51,80 @@ def prepare() -> None:
 
 
 def connect() -> None:
-    """Join the cluster, or start a local one; nothing happens where this process is connected already."""
+    """Join the cluster, or start a local one; nothing happens where this process is connected already.
+
+    Raises RefusedInput where nobody answers at `RAY_ADDRESS`, LlavaError where Ray does not start.
+    """
     prepare()
     import ray
 
     if ray.is_initialized():
         return
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
-    if not os.environ.get("RAY_ADDRESS"):
-        # "local": another cluster that runs on this machine is not ours unless RAY_ADDRESS says so.
-        quiet |= {"address": "local", "num_cpus": _cpus(), "include_dashboard": False}
-    terminated = signal.getsignal(signal.SIGTERM)
-    ray.init(**quiet)
-    if threading.current_thread() is threading.main_thread():
-        # Ray puts its own handler in the place of the command's, whose exit status is a promise.
-        signal.signal(signal.SIGTERM, terminated)
-    if os.environ.get("RAY_ADDRESS"):
+    _joined.by_us = True
+    # Ray would warn that it cannot put a handler of SIGTERM in the place of the command's.
+    logging.getLogger("ray._private.worker").addFilter(_no_word_of_handlers)
+    if address := os.environ.get("RAY_ADDRESS"):
+        starting.probe(address)
+        starting.in_time(
+            partial(ray.init, **_QUIET),
+            starting.JOIN_SECONDS,
+            f"RAY_ADDRESS={address}: no Ray cluster joined",
+        )
         compare_code()
+    else:
+        _start_local()
+
+
+def _start_local() -> None:
+    """A cluster of this command's own, in a folder of its own, that a watchdog ends whatever becomes of the command."""
+    import ray
+
+    _joined.folder = folder = ClusterFolder()
+    os.environ[MARK] = str(folder.path)
+    # "local": another cluster that runs on this machine is not ours unless RAY_ADDRESS says so.
+    init = partial(
+        ray.init,
+        **_QUIET,
+        address="local",
+        num_cpus=_cpus(),
+        include_dashboard=False,
+        _temp_dir=str(folder.ray),
+    )
+    starting.in_time(init, starting.START_SECONDS, "Ray does not start on this machine")
+
+
+def leave(status: int) -> None:
+    """Leave the process with `status` at once where it is connected or connecting; else return, for an ordinary exit.
+
+    A thread that is inside Ray's compiled code while Ray or the interpreter is taken down ends the process with a
+    segmentation fault. The cluster notices that the process is gone: a local one by its watchdog.
+    """
+    if starting.unfinished() or (_joined.by_us and _connected()):
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
+        os._exit(status)
+
+
+def _connected() -> bool:
+    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
+
+
+@atexit.register
+def _disconnect() -> None:
+    """Leave the cluster that this process joined; end the local one and remove its folder."""
+    if not _joined.by_us or starting.unfinished():
+        return
+    if _connected():
+        sys.modules["ray"].shutdown()
+    folder, _joined.folder, _joined.by_us = _joined.folder, None, False
+    if folder is not None:
+        os.environ.pop(MARK, None)
+        folder.end()
+
+
+def _no_word_of_handlers(record: logging.LogRecord) -> bool:
+    return "SIGTERM handler is not set" not in record.getMessage()
 
 
 def compare_code() -> None:
@@ -128,13 +203,19 @@ def _cpus() -> int:
 
 @contextmanager
 def disconnecting() -> Iterator[None]:
-    """Leave the cluster at the end (a local one ends with it), unless somebody else had connected before."""
-    before = "ray" in sys.modules and sys.modules["ray"].is_initialized()
+    """Leave the cluster at the end (a local one ends with it), unless somebody else had connected before.
+
+    A command that was stopped keeps the connection for `leave`: its threads may still be inside Ray.
+    """
     try:
         yield
-    finally:
-        if not before and "ray" in sys.modules and sys.modules["ray"].is_initialized():
-            sys.modules["ray"].shutdown()
+    except (Terminated, SystemError):  # Ray's compiled calls wrap a Terminated
+        raise
+    except BaseException:
+        _disconnect()
+        raise
+    else:
+        _disconnect()
 
 
 @contextmanager

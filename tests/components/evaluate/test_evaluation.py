@@ -77,7 +77,8 @@ def test_an_evaluation_scores_every_benchmark_from_files_that_anybody_can_score_
     assert "| all | 40 | 50.0 |" in text
     assert "1 of 7 pictures" not in text
     assert re.search(
-        r"contamination\\: 1 of 13 pictures are in the training data; their questions \(6 of vqa\) count", text
+        r"contamination\\: 1 of 13 pictures are in the training data; their questions \(6 of vqa\) count",
+        text,
     )
     sampled = [
         line
