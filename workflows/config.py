@@ -19,7 +19,8 @@ from workflows.stages import STAGES, training_stages
 
 PRESETS = resources.files("workflows") / "presets"
 _SECRET = re.compile(
-    r"(pass(word|phrase)?|secret|credential|api[_-]?key|access[_-]?key|private[_-]?key)s?$", re.I
+    r"(pass(word|phrase)?|secret|credential|api[_-]?key|access[_-]?key|private[_-]?key)s?$|(^|[_-])token$",
+    re.I,
 )
 
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")

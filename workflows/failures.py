@@ -12,6 +12,7 @@ import traceback
 from pathlib import Path
 
 from components.contract import printable
+from components.contract.secrets import redacted
 from llava.errors import LlavaError, RefusedInput, Terminated
 
 FAILED, REFUSED = LlavaError.exit_status, RefusedInput.exit_status
@@ -157,6 +158,7 @@ def _write(text: str) -> Path:
 
 
 def _say(text: str) -> None:
+    text = redacted(text)
     with contextlib.suppress(OSError):
         print(
             f"error: {printable(text)}" if "\n" not in text else printable(text), file=sys.stderr, flush=True

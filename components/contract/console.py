@@ -5,15 +5,16 @@ from __future__ import annotations
 import sys
 
 from components.contract.printable import printable
+from components.contract.secrets import redacted
 
 
 def say(text: str, prefix: str = "") -> None:
     """Print `text` on standard error, each line with `prefix` (a component's name) before it.
 
-    Standard output is left to the final result, so that it can be piped. Control characters are written out, whatever
-    `text` quotes.
+    Standard output is left to the final result, so that it can be piped. Control characters are written out, and
+    secrets are starred, whatever `text` quotes.
     """
-    lines = [printable(line) for line in text.removesuffix("\n").split("\n")]
+    lines = [printable(line) for line in redacted(text).removesuffix("\n").split("\n")]
     if sys.stderr.isatty():
         from rich.console import Console as Terminal
         from rich.text import Text

@@ -11,6 +11,7 @@ from typing import Any
 
 from components.contract.console import say
 from components.contract.mlflow_client import client, errors, one_line
+from components.contract.secrets import redacted
 
 METRICS_AT_ONCE = 1000  # MLflow's limits for one log_batch
 PAIRS_AT_ONCE = 100
@@ -51,7 +52,8 @@ class TrackedRun:
         mlflow = self._client
         with errors(self.uri):
             known = mlflow.get_run(self.id).data.params
-            new = {k: v for k, v in flatten(values).items() if known.get(k) != v}
+            told = {key: redacted(value) for key, value in flatten(values).items()}
+            new = {key: value for key, value in told.items() if known.get(key) != value}
             fresh = [Param(key, value) for key, value in new.items() if key not in known]
             for start in range(0, len(fresh), PAIRS_AT_ONCE):
                 mlflow.log_batch(self.id, params=fresh[start : start + PAIRS_AT_ONCE])
@@ -78,7 +80,7 @@ class TrackedRun:
         """Set tags; values are cut at MLflow's limit."""
         from mlflow.entities import RunTag
 
-        every = [RunTag(key[:KEY_LENGTH], str(value)[:TAG_LENGTH]) for key, value in values.items()]
+        every = [RunTag(key[:KEY_LENGTH], redacted(str(value))[:TAG_LENGTH]) for key, value in values.items()]
         with errors(self.uri):
             for start in range(0, len(every), PAIRS_AT_ONCE):
                 self._client.log_batch(self.id, tags=every[start : start + PAIRS_AT_ONCE])
