@@ -147,7 +147,7 @@ def test_what_is_quadratic_would_be_found() -> None:
     assert slow(Found("here", re.compile(r"question[ \t]*\**[ \t]*:"), False))
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_every_expression_takes_time_in_proportion_to_the_text() -> None:
     assert len(found()) > 40
     assert not [told for one in found() if (told := slow(one))]

@@ -40,7 +40,12 @@ def _everything(running: Signalled) -> None:
 
 @pytest.mark.services
 @pytest.mark.parametrize(
-    ("number", "told"), [(signal.SIGHUP, "SIGHUP"), (signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")]
+    ("number", "told"),
+    [
+        (signal.SIGHUP, "SIGHUP"),
+        pytest.param(signal.SIGTERM, "SIGTERM", marks=pytest.mark.drill),
+        pytest.param(signal.SIGINT, "Ctrl-C", marks=pytest.mark.drill),
+    ],
 )
 def test_a_signal_while_the_cluster_works_leaves_nothing(number: signal.Signals, told: str) -> None:
     with Signalled() as running:
@@ -63,8 +68,12 @@ _TOLD = {"SIGHUP": "SIGHUP (a closed terminal)", "SIGTERM": "SIGTERM", "Ctrl-C":
 @pytest.mark.services
 @pytest.mark.parametrize(
     "kill",
-    [_command, _named("raylet/raylet"), _named("gcs_server"), _everything],
-    ids=["command", "raylet", "head", "everything"],
+    [
+        pytest.param(_command, id="command"),
+        pytest.param(_named("raylet/raylet"), id="raylet", marks=pytest.mark.drill),
+        pytest.param(_named("gcs_server"), id="head", marks=pytest.mark.drill),
+        pytest.param(_everything, id="everything", marks=pytest.mark.drill),
+    ],
 )
 def test_kill_9_leaves_nothing(kill: Callable[[Signalled], None]) -> None:
     with Signalled() as running:
@@ -94,8 +103,22 @@ def test_what_is_left_where_the_watchdog_was_killed_is_ended_by_the_next_command
 
 
 @pytest.mark.services
-@pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT], [signal.SIGHUP]])
-@pytest.mark.parametrize("moment", ["starting", "gcs_server", "raylet/raylet"])
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        [signal.SIGINT, signal.SIGINT],
+        pytest.param([signal.SIGTERM], marks=pytest.mark.drill),
+        pytest.param([signal.SIGHUP], marks=pytest.mark.drill),
+    ],
+)
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "raylet/raylet",
+        pytest.param("starting", marks=pytest.mark.drill),
+        pytest.param("gcs_server", marks=pytest.mark.drill),
+    ],
+)
 def test_a_signal_while_ray_starts_is_one_line(numbers: list[signal.Signals], moment: str) -> None:
     with Signalled() as running:
         running.until("starting")
