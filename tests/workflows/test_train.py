@@ -249,6 +249,7 @@ def test_prune_keeps_what_a_version_comes_from_and_removes_the_rest(
         assert (tmp_path / "runs" / Path(uri).relative_to(folder / "runs") / "manifest.json").exists()
 
 
+@pytest.mark.drill
 def test_real_photos_go_the_whole_way_to_a_registered_version(
     coco_folder: Path, first: tuple[Path, Run]
 ) -> None:

@@ -124,6 +124,7 @@ def upload(tmp_path: Path) -> Path:
     return tmp_path / "upload"
 
 
+@pytest.mark.drill
 def test_the_uploaded_folder_runs_as_a_job_on_s3_and_an_mlflow_server(
     head: Head, upload: Path, s3_root: str, mlflow_uri: str
 ) -> None:
