@@ -102,7 +102,7 @@ def test_deep_metadata_of_the_features_says_nothing(tmp_path: Path) -> None:
         assert parquet.listing(settings(tmp_path)).items
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_no_byte_of_a_file_makes_another_error(tmp_path: Path) -> None:
     """300 files, each with a few other bytes: refused, or read."""
     chosen, path = random.Random(7), tmp_path / "part.parquet"

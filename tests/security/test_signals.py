@@ -84,7 +84,7 @@ def test_kill_9_leaves_nothing(kill: Callable[[Signalled], None]) -> None:
         assert running.folders() == []
 
 
-@pytest.mark.services
+@pytest.mark.drill
 def test_what_is_left_where_the_watchdog_was_killed_is_ended_by_the_next_command(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
