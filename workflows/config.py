@@ -19,7 +19,7 @@ from workflows.stages import STAGES, training_stages
 
 PRESETS = resources.files("workflows") / "presets"
 _SECRET = re.compile(
-    r"(pass(word|phrase)?|secret|credential|api[_-]?key|access[_-]?key|private[_-]?key)s?$|(^|[_-])token$",
+    r"(pass(word|phrase)?|secret|credential|api[_-]?key|access[_-]?key|private[_-]?key)s?$|[_-]token$",
     re.I,
 )
 
