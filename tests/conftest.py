@@ -26,10 +26,14 @@ import psutil
 import pytest
 import ray
 
+from tests.support.command import SETTINGS_OF_OTHERS
 from tests.support.repository import REPOSITORY, SHARED
 
 # Tests run side by side: more threads than cores only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What the machine of a CI or of its owner sets for `llava` is not what a test is about.
+for setting in SETTINGS_OF_OTHERS:
+    os.environ.pop(setting, None)
 
 BUCKET = "llava-tests"
 PHOTOS = SHARED / "data" / "coco"

@@ -93,9 +93,10 @@ def ask(
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
 ) -> None:
     """Ask a model about a picture."""
+    from components.contract import tell
     from workflows.ask import answer
 
-    print(answer(question, model, image, root, max_new_tokens, device))
+    tell(answer(question, model, image, root, max_new_tokens, device))
 
 
 @app.command()

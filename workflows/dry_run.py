@@ -1,6 +1,6 @@
 """`llava instruct --dry-run`: what a teacher would be asked about three photos, and what all of it would take."""
 
-from components.contract import run_component
+from components.contract import run_component, tell
 from components.instruct.llm.estimate import dry_run as lines
 from components.ray_cluster import connection
 from components.shard import Shard
@@ -16,4 +16,4 @@ def dry_run(config: WorkflowConfig, root: str, wait: bool) -> None:
     with connection.disconnecting():
         dataset = run_component(Shard(), config.shard, {}, open_workspace(config.name, root, wait)).artifact
     for line in lines(config.instruct, dataset.folder, dataset.parquet("train")):
-        print(line)
+        tell(line)

@@ -9,6 +9,7 @@ from typing import Any
 
 from components.backbones import tiny
 from components.backbones.component import BackbonesSettings
+from components.contract import tell
 from components.registry import open_model
 from components.training.auto import candidates
 from components.training.settings import WITHOUT_GPU, TrainSettings
@@ -288,4 +289,4 @@ def run(
     if as_json_:
         print(json.dumps(as_json(config, sizes, stages, gpus, gpu, mfu, price)))
     else:
-        print("\n".join(lines(config, sizes, stages, gpus, gpu, mfu, price)))
+        tell("\n".join(lines(config, sizes, stages, gpus, gpu, mfu, price)))

@@ -65,7 +65,7 @@ def tell(error: BaseException) -> int:
     cause = _cause(error)
     trace = "".join(traceback.format_exception(error))
     expected = _expected(cause)
-    if _wanted() and not isinstance(cause, Terminated):
+    if _wanted(unexpected=expected is None) and not isinstance(cause, Terminated):
         _say(trace)
     if expected is not None:
         line, status = expected
@@ -122,17 +122,17 @@ def _logged(trace: str) -> str:
     try:
         return f"the traceback is in {_write(trace)}"
     except OSError as failed:
-        if not _wanted():
+        if not _wanted(unexpected=True):
             _say(trace)
         return f"the traceback is printed, since a log cannot be written: {_of_system(failed)}"
 
 
-def _wanted() -> bool:
-    """Whether tracebacks are printed too: asked for, or nobody can read a file here once the command has ended."""
+def _wanted(unexpected: bool) -> bool:
+    """Whether a traceback is printed too: asked for, or `unexpected` where nobody finds a log afterwards."""
     asked = os.environ.get(TRACEBACK)
     if asked is not None:
         return asked not in ("", "0")
-    return any(os.environ.get(name) for name in _NO_DISK_AFTERWARDS)
+    return unexpected and any(os.environ.get(name) for name in _NO_DISK_AFTERWARDS)
 
 
 def log_folder() -> Path:

@@ -149,10 +149,8 @@ def _remove(each: Found, goal: Folder | None) -> None:
 def _copy(origin: Folder, goal: Folder, check: Callable[[], None]) -> None:
     """All files but the lease, the manifest last."""
     keys = [entry.key for entry in origin.list() if entry.key not in (LEASE, MANIFEST, _COMPLETE)]
-    finished = origin.stat(MANIFEST) is not None
-    for key in [*keys, *([MANIFEST] if finished else [])]:
-        check()
-        goal.copy(origin, key, key)
+    goal.copy_all(origin, keys, check)
+    goal.copy_all(origin, [MANIFEST], check)
 
 
 def _times(store: Store) -> list[str]:

@@ -1,7 +1,7 @@
 """What every component agrees on: stores, leases, manifests, settings, tracking, and the runner."""
 
 from components.contract.component import Component, Job, Settings, recipe, refusals, run_field, run_part
-from components.contract.console import Console, say
+from components.contract.console import Console, say, tell
 from components.contract.digest import artifact_digest, canonical_json, fingerprint, sha256_of
 from components.contract.lease import Guard, Lease, LeaseLost, acquire, holder
 from components.contract.manifest import (
@@ -95,6 +95,7 @@ __all__ = [
     "run_part",
     "say",
     "sha256_of",
+    "tell",
     "verify",
     "without_secret",
 ]

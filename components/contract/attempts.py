@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 from components.contract.lease import Lease
 from components.contract.manifest import ATTEMPTS, MARKS, Manifest, place_of
@@ -22,7 +21,6 @@ from components.contract.store import Entry, Folder
 
 TAKEN_OVER = "taken-over"
 """In an attempt's place: all files of the attempt before lie here."""
-_AT_ONCE = 16  # copies within a store that run side by side
 _NAME = re.compile(rf"{ATTEMPTS}/(\d{{6,12}})-[0-9a-f]{{8}}")
 
 
@@ -67,19 +65,12 @@ def take_over(address: Folder, attempt: str, wanted: Callable[[str], bool], chec
         return 0
     origin, goal = place_of(address, before[0]), place_of(address, attempt)
 
-    def copy(key: str) -> bool:
-        check()
-        try:
-            goal.copy(origin, key, key)
-        except FileNotFoundError:
-            return False
-        return True
-
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        copied = sum(pool.map(copy, _wanted(address, before[0], wanted)))
-        goal.write(TAKEN_OVER, b"")
-        for older in before[1:]:
-            list(pool.map(place_of(address, older).delete, _wanted(address, older, wanted)))
+    copied = goal.copy_all(origin, _wanted(address, before[0], wanted), check)
+    goal.write(TAKEN_OVER, b"")
+    for older in before[1:]:
+        place = place_of(address, older)
+        for key in _wanted(address, older, wanted):
+            place.delete(key)
     return copied
 
 

@@ -1,4 +1,4 @@
-"""What the user reads while a command works: plain lines on standard error, coloured on a terminal."""
+"""What the user reads: plain lines on standard error while a command works, the result on standard output."""
 
 from __future__ import annotations
 
@@ -26,6 +26,11 @@ def say(text: str, prefix: str = "") -> None:
         return
     for line in lines:
         print(f"{prefix}: {line}" if prefix else line, file=sys.stderr, flush=True)
+
+
+def tell(text: str) -> None:
+    """Print a result on standard output, written out and starred as `say` does it."""
+    print(printable(redacted(text)), flush=True)
 
 
 class Console:

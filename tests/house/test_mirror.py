@@ -31,13 +31,13 @@ def mirrored(test: Path) -> bool:
     return any((folder / f"{name}.py").is_file() or (folder / name).is_dir() for name in names)
 
 
-def tests() -> list[Path]:
+def _tests() -> list[Path]:
     found = sorted(path.relative_to(REPOSITORY) for path in (REPOSITORY / "tests").rglob("test_*.py"))
     return [path for path in found if not any(path.is_relative_to(folder) for folder in APART)]
 
 
 def test_a_test_is_called_as_its_module_and_lies_where_that_lies() -> None:
-    lost = [str(path) for path in tests() if not mirrored(path) and str(path) not in OF_A_FOLDER]
+    lost = [str(path) for path in _tests() if not mirrored(path) and str(path) not in OF_A_FOLDER]
     assert not lost, f"name them after their module, or move them: {lost}"
 
 

@@ -167,6 +167,16 @@ def test_a_traceback_is_printed_where_it_is_wanted_or_nobody_finds_the_log(
     assert "Traceback" not in ending(RuntimeError("boom"))[1]
 
 
+@pytest.mark.parametrize(
+    ("name", "printed"), [("LLAVA_TRACEBACK", True), ("CI", False), ("KUBERNETES_SERVICE_HOST", False)]
+)
+def test_a_refusal_has_a_traceback_only_where_it_is_asked_for(
+    name: str, printed: bool, ending: Ending, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "1")
+    assert (ending(RefusedInput("no way"))[1].count("\n") > 1) is printed
+
+
 def test_a_log_that_cannot_be_written_is_no_second_failure(
     ending: Ending, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -38,9 +38,9 @@ def name() -> str:
 
 
 def register(workspace: Workspace, name: str, text: str) -> dict[str, Artifact]:
-    """A model registered as `name`."""
-    model = stage(workspace, "finetune", text)
-    evaluation = stage(workspace, "evaluate", text, model=model)
+    """A model registered as `name`, like no other of the registry, which several tests share."""
+    model = stage(workspace, "finetune", f"{name}-{text}")
+    evaluation = stage(workspace, "evaluate", f"{name}-{text}", model=model)
     inputs = {"model": model, "evaluation": evaluation}
     made = run_component(Register(), RegisterSettings(name=name), inputs, workspace).artifact
     return {**inputs, "registration": made}

@@ -9,7 +9,7 @@ import re
 import threading
 import time
 
-from components.contract import say
+from components.contract import say, tell
 from llava.errors import AlreadyRunning, BudgetReached, LlavaError, Preempted, RefusedInput
 from workflows.kubernetes.api import Cluster, ClusterError, Disconnected, RayJob
 from workflows.kubernetes.rayjob import is_unfinished, state
@@ -95,7 +95,7 @@ class _Log(threading.Thread):
                 continue
             last, count = self._printed.get(pod, ("", 0))
             self._printed[pod] = (moment, count + 1 if moment == last else 1)
-            print(line, flush=True)
+            tell(line)
 
     def finish(self) -> None:
         """Let the last lines come, for a while."""

@@ -9,7 +9,8 @@ from typing import Any
 
 from PIL import Image
 
-from components.contract import say
+from components.contract import say, tell
+from components.contract.store import check_key
 from components.pages.markdown import Markup, escape, table
 from components.scoring.benchmarks import Files, Scored, Unit, find
 from components.scoring.gate import GateSettings, Verdict, decide
@@ -107,12 +108,12 @@ def as_json(comparison: Comparison, verdict: Verdict) -> dict[str, Any]:
 def show(one: Duel) -> None:
     """The differences as lines on standard output, then the decision."""
     for name, comparison in one.comparisons.items():
-        print(f"{name}: {comparison.n:,} questions: {comparison.wins:,} better, {comparison.ties:,} equal, "
+        tell(f"{name}: {comparison.n:,} questions: {comparison.wins:,} better, {comparison.ties:,} equal, "
               f"{comparison.losses:,} worse")  # fmt: skip
         for score_, found in comparison.differences.items():
-            print(f"{score_:24} {found.base:9.3f} -> {found.new:9.3f}   {found.gain:+.3f} "
+            tell(f"{score_:24} {found.base:9.3f} -> {found.new:9.3f}   {found.gain:+.3f} "
                   f"[{found.low:+.3f}, {found.high:+.3f}]")  # fmt: skip
-    print(f"{'promote' if one.verdict.promote else 'keep the base'}: {one.verdict.reason}")
+    tell(f"{'promote' if one.verdict.promote else 'keep the base'}: {one.verdict.reason}")
 
 
 def write_page(models: Mapping[str, Mapping[str, Scored]], duels: list[Duel], look: Look, out: Path) -> None:
@@ -141,6 +142,10 @@ def in_folder(images: Path | None) -> Look:
     def look(benchmark: str, unit: Unit) -> Image.Image | None:
         if unit.image is None or images is None:
             return None
+        try:
+            check_key(str(unit.image))
+        except RefusedInput:
+            return None  # an answers file must not lead out of the folder
         found = (images / f"{unit.image}{ending}" for ending in _ENDINGS)
         path = next((path for path in found if path.is_file()), None)
         return None if path is None else Image.open(path)

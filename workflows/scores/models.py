@@ -10,7 +10,15 @@ from typing import Any
 from PIL import Image
 
 from components.backbones.given import start_from
-from components.contract import Artifact, Workspace, find_artifact, open_store, read_artifact, run_component
+from components.contract import (
+    Artifact,
+    Workspace,
+    find_artifact,
+    open_store,
+    read_artifact,
+    run_component,
+    tell,
+)
 from components.contract.store import Store
 from components.evaluate import Evaluate, EvaluateSettings, exams
 from components.evaluate.settings import HELD_OUT_EXAM
@@ -36,7 +44,7 @@ def command(names: Sequence[str], root: str, rule: Rule, out: Path | None, as_js
         print_json(to_json(found, models, duels))
         return
     for one in duels:
-        print(f"{one.new} against {one.base}")
+        tell(f"{one.new} against {one.base}")
         show(one)
 
 

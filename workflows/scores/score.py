@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.contract import say
+from components.contract import say, tell
 from components.scoring import bootstrap
 from components.scoring.benchmarks import Files, Scored, find
 from components.scoring.judge import JudgeSettings, JudgeTask, Parse, Tally
@@ -129,20 +129,20 @@ def as_json(scored: Scored, seed: int = bootstrap.SEED) -> dict[str, Any]:
 def show(scored: Scored) -> None:
     """A line per score with its interval, on standard output."""
     intervals = bootstrap.intervals(scored.sums, scored.formula)
-    print(f"{scored.benchmark}: {scored.n:,} questions, {scored.failed:,} failed")
+    tell(f"{scored.benchmark}: {scored.n:,} questions, {scored.failed:,} failed")
     for name, value in scored.scores.items():
         low, high = intervals[name]
-        print(
+        tell(
             f"{name:24} "
             + ("undefined" if math.isnan(value) else f"{value:10.4f}   95 % [{low:.2f}, {high:.2f}]")
         )
     for name, columns in scored.extra.get("ensembles", {}).items():
-        print(f"{name:24} {columns['average']:10.4f}   ensemble, {columns['failed']:,} failed")
+        tell(f"{name:24} {columns['average']:10.4f}   ensemble, {columns['failed']:,} failed")
 
 
 def print_json(value: Any) -> None:
     """One object on one line of standard output."""
-    print(json.dumps(_without_nan(value), ensure_ascii=False, allow_nan=False), flush=True)
+    print(json.dumps(_without_nan(value), allow_nan=False), flush=True)
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from uuid import uuid4
 
 from llava.errors import LlavaError, RefusedInput
 
+_COPIES_AT_ONCE = 16
 # A name that begins like this is a store's own scratch file: never listed, never a key.
 SCRATCH = ".~"
 
@@ -187,6 +189,23 @@ class Store(ABC):
                 f"{self.uri}: the store ignores create-only writes (If-None-Match), on which finished "
                 "artifacts rest; use a store that honours conditional writes"
             )
+
+    def copy_all(self, source: Store, keys: Sequence[str], check: Callable[[], None]) -> int:
+        """`copy` each of `keys` under its own name, several at once; how many were there to copy.
+
+        `check` is called before each and may raise.
+        """
+
+        def one(key: str) -> bool:
+            check()
+            try:
+                self.copy(source, key, key)
+            except FileNotFoundError:
+                return False
+            return True
+
+        with ThreadPoolExecutor(_COPIES_AT_ONCE) as pool:
+            return sum(pool.map(one, keys))
 
     def _bound(self, key: str, size: int, most: int | None) -> None:
         if most is not None and size > most:
