@@ -8,19 +8,19 @@ The key comes from OPENAI_API_KEY only, and what the endpoint says of a failure 
 
 from __future__ import annotations
 
-import json
+import asyncio
+import dataclasses
 import os
-import threading
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from pydantic import Field, field_validator
 
-from components.contract import Settings, refuse_secrets, run_field, without_secret
+from components.chat import Chat, Fault, denied, parsed, pause_before, told
+from components.contract import Settings, refuse_secrets, run_field
 from components.scoring.base import Record, by_id, read_rows
 from llava.data.jsonl import to_jsonl
 from llava.errors import RefusedInput
@@ -28,6 +28,10 @@ from llava.errors import RefusedInput
 ROLE = "You compare answers to questions about pictures. You are fair and exact, and you follow the wanted format."
 KEEP_SECONDS = 2.0
 """How often what was judged is carried to where it is kept: so much work is lost at most."""
+KEY = "OPENAI_API_KEY"
+OK = 200
+_NEVER = (401, 402, 403, 404, 429)  # of 429 those that say that the quota is used up
+_LONGEST = 300
 
 
 class JudgeSettings(Settings):
@@ -108,99 +112,129 @@ def judge(
     open_ = [id_ for id_ in wanted if id_ not in good]
     if not open_:
         return Tally(len(good), 0, 0, 0)
-    ask, lock = _client(settings), threading.Lock()
     path.parent.mkdir(parents=True, exist_ok=True)
+    work = _Work(settings, [wanted[id_] for id_ in open_], there, path, parse, field, keep)
+    asyncio.run(work.run())
+    return Tally(len(good), len(open_), work.failed, work.retried)
 
-    def one(id_: str) -> tuple[bool, int]:
-        earlier = there.get(id_, {})
+
+@dataclass
+class _Work:
+    """What one run of the judge has to do, and how far it is."""
+
+    settings: JudgeSettings
+    tasks: Sequence[JudgeTask]
+    there: Mapping[str, Record]
+    """Lines of earlier runs by id, those without a parsable reply among them."""
+    path: Path
+    parse: Parse
+    field: str | None
+    keep: Callable[[], None]
+    failed: int = 0
+    retried: int = 0
+    _writing: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock)
+
+    async def run(self) -> None:
+        """Judge all. After a refusal nothing new is asked, and what is under way is stored."""
+        left, failures = deque(self.tasks), list[Exception]()
+
+        async def until_failure(step: Callable[[], Awaitable[None]]) -> None:
+            try:
+                while left and not failures:
+                    await step()
+            except Exception as failure:
+                failures.append(failure)
+
+        async with _Judge(self.settings) as judge_:
+            keeping = asyncio.create_task(until_failure(self._keep_soon))
+            await asyncio.gather(
+                *(
+                    until_failure(lambda: self._one(judge_, left.popleft()))
+                    for _ in range(self.settings.concurrency)
+                )
+            )
+            keeping.cancel()
+        if failures:
+            raise failures[0]
+
+    async def _one(self, judge_: _Judge, task: JudgeTask) -> None:
+        earlier = self.there.get(str(task.row["question_id"]), {})
         tries = [*earlier.get("failed_tries", []), *([_try(earlier)] if earlier else [])]
-        reply, error = None, None
-        before = len(tries)
-        for turn in range(settings.tries):
-            reply, error = ask(wanted[id_].text)
-            if parse(reply) is not None:
+        before, turns = len(tries), self.settings.tries
+        for turn in range(turns):
+            reply, error = await judge_.ask(task.text)
+            if self.parse(reply) is not None:
                 break
-            if turn < settings.tries - 1:
+            if turn < turns - 1:
                 tries.append(_try({"content": reply, "error": error}))
-                time.sleep(settings.pause * 2**turn if error else 0)
-        parsed = parse(reply)
-        row = wanted[id_].row | {"content": reply} | ({field: parsed} if field else {})
+                await asyncio.sleep(pause_before(turn, first=self.settings.pause) if error else 0)
+        found = self.parse(reply)
+        row = task.row | {"content": reply} | ({self.field: found} if self.field else {})
         row |= ({"error": error} if error else {}) | ({"failed_tries": tries} if tries else {})
-        with lock, path.open("ab") as file:
-            file.write(to_jsonl([row]))
-        return parsed is not None, len(tries) - before
+        async with self._writing:
+            with self.path.open("ab") as file:
+                file.write(to_jsonl([row]))
+        self.failed += found is None
+        self.retried += len(tries) - before
 
-    with ThreadPoolExecutor(settings.concurrency) as pool:
-        left = {pool.submit(one, id_) for id_ in open_}
-        outcomes = []
-        try:
-            while left:
-                done, left = wait(left, KEEP_SECONDS, "FIRST_EXCEPTION")
-                outcomes += [future.result() for future in done]
-                if left:
-                    with lock:
-                        keep()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    failed = sum(not good_ for good_, _ in outcomes)
-    return Tally(len(good), len(open_), failed, sum(again for _, again in outcomes))
+    async def _keep_soon(self) -> None:
+        await asyncio.sleep(KEEP_SECONDS)
+        async with self._writing:
+            await asyncio.to_thread(self.keep)
 
 
-def _client(settings: JudgeSettings) -> Callable[[str], tuple[str | None, str | None]]:
-    """A function from a text to (reply, None) or (None, why there is none)."""
-    try:
-        import openai
-    except ModuleNotFoundError:
-        raise RefusedInput("a live judge needs the OpenAI client: pip install openai") from None
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
-    if not key or not key.isascii():
-        raise RefusedInput(
-            "a live judge needs a key: set OPENAI_API_KEY (any ASCII text, where the endpoint asks for none)"
-        )
-    address = settings.url or "$OPENAI_BASE_URL"  # which may hold a password
-    try:
-        client = openai.OpenAI(api_key=key, base_url=settings.url, timeout=settings.seconds, max_retries=0)
-    except Exception as error:  # httpx's, under one of its names
-        raise RefusedInput(f"the judge's URL {address}: {error}; such as http://HOST/v1") from None
+class _Judge:
+    """The judge's endpoint; use it as `async with`."""
 
-    def ask(text: str) -> tuple[str | None, str | None]:
-        try:
-            # As text: the client's own types take half an answer for a whole one.
-            body = client.post("/chat/completions", cast_to=str, body={
-                "model": settings.model,
-                "messages": [{"role": "system", "content": ROLE}, {"role": "user", "content": text}],
-                "temperature": settings.temperature,
-                "max_tokens": settings.max_tokens,
-            })  # fmt: skip
-        except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
+    def __init__(self, settings: JudgeSettings) -> None:
+        key = os.environ.get(KEY, "").strip()
+        if not key or not key.isascii():
             raise RefusedInput(
-                f"the judge {settings.model} at {address} refuses: {shown(error.message)}; see the name, the URL and "
-                "OPENAI_API_KEY"
-            ) from None
-        except openai.APIError as error:
-            return None, shown(f"{type(error).__name__}: {error.message}")
-        said, why = _said(body)
-        return said, why and shown(why)
+                f"a live judge needs a key: set {KEY} (any ASCII text, where the endpoint asks for none)"
+            )
+        self._settings = settings
+        self._address = settings.url or "$OPENAI_BASE_URL"  # which may hold a password
+        self._chat = Chat(settings.url, key, settings.seconds, f"the judge's URL {self._address}")
 
-    def shown(text: str) -> str:
-        return without_secret(text, key)[:300]
+    async def __aenter__(self) -> Self:
+        return self
 
-    return ask
+    async def __aexit__(self, *_: object) -> None:
+        await self._chat.close()
+
+    async def ask(self, text: str) -> tuple[str | None, str | None]:
+        """(reply, None), or (None, why there is none). RefusedInput where it never will be one."""
+        settings = self._settings
+        body = {
+            "model": settings.model,
+            "messages": [{"role": "system", "content": ROLE}, {"role": "user", "content": text}],
+            "temperature": settings.temperature,
+            "max_tokens": settings.max_tokens,
+        }
+        try:
+            status, answer = await self._chat.ask(body, settings.seconds)
+        except Fault as fault:
+            return None, fault.reason
+        if status in _NEVER:
+            raise RefusedInput(
+                f"the judge {settings.model} at {self._address} refuses: status {status}: "
+                f"{denied(status, settings.model, f'${KEY}', True)} ({told(answer)})"
+            )
+        return _said(answer) if status == OK else (None, f"status {status}: {told(answer)}")
 
 
 def _said(body: str) -> tuple[str | None, str | None]:
     """(what the judge says, None) from an answer's body, or (None, why it says nothing)."""
     try:
-        message = json.loads(body)["choices"][0]["message"]
+        message = parsed(body)["choices"][0]["message"]
         said, refusal = message.get("content"), message.get("refusal")
     except (ValueError, LookupError, TypeError, AttributeError):
-        return None, f"malformed reply: {body}"
+        return None, f"malformed reply: {body}"[:_LONGEST]
     if isinstance(said, str):
         return said, None
     if said is not None:
-        return None, f"malformed reply: {said}"
-    return None, f"refusal: {refusal}" if refusal else "empty reply"
+        return None, f"malformed reply: {said}"[:_LONGEST]
+    return None, f"refusal: {refusal}"[:_LONGEST] if refusal else "empty reply"
 
 
 def _replace(path: Path, rows: Iterable[Record]) -> None:

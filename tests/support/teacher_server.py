@@ -46,7 +46,8 @@ class Manners:
     seconds: float = 0.0
     says: Callable[[str], str] | None = None
     """Writes the answer to a context instead of the server."""
-    usage: bool = True
+    usage: bool | dict[str, Any] = True
+    """Whether tokens are counted, or what is said instead of the count."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,8 @@ async def _respond(server: TeacherServer, head: str, raw: bytes, writer: asyncio
         outcome = "probe"
     if not manners.usage:
         del answer["usage"]
+    elif isinstance(manners.usage, dict):
+        answer["usage"] |= manners.usage
     server.seen.append(Seen(at, digest, outcome, tokens, body))
     return await _carry_out(outcome, answer, manners, writer)
 

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from components.chat import told as told_by
 from components.contract import Folder, Guard, Job
 from components.contract.pace import Due, duration
 from components.instruct.llm.endpoint import LOOK_AT, Endpoint
-from components.instruct.llm.endpoint import told as told_by
 from components.instruct.llm.limits import Budget, Gate, Limits, Pace, SharedLimits, Tokens
 from components.instruct.llm.prompts import Prompts
 from components.instruct.llm.requests import Request, Requests
@@ -34,13 +34,15 @@ FIRST = 20
 class Tally:
     """What asking has come to in this run.
 
-    `refused`: of what was answered, with a status 4xx; `faults`: tries without an answer, by reason.
+    `refused`: of what was answered, with a status 4xx; `faults`: tries without an answer, by reason; `uncounted`:
+    answers whose tokens are taken from their length, since what the endpoint says of them cannot be.
     """
 
     answered: int = 0
     refused: int = 0
     tokens: Tokens = Tokens()  # noqa: RUF009 - a NamedTuple never changes
     faults: Counter[str] = field(default_factory=Counter)
+    uncounted: Counter[str] = field(default_factory=Counter)
     used_up: bool = False
 
     def add(self, other: Tally) -> None:
@@ -49,6 +51,7 @@ class Tally:
         self.refused += other.refused
         self.tokens += other.tokens
         self.faults.update(other.faults)
+        self.uncounted.update(other.uncounted)
         self.used_up |= other.used_up
 
 
@@ -90,7 +93,7 @@ async def ask(
     """
     stop = asyncio.Event()
     failures: list[Exception] = []
-    tally.faults = endpoint.faults
+    tally.faults, tally.uncounted = endpoint.faults, endpoint.uncounted
 
     async def one_after_another() -> None:
         for request in requests:
@@ -231,6 +234,8 @@ class _Progress:
         if together.faults:
             reasons = ", ".join(f"{reason} {count:,}" for reason, count in together.faults.most_common())
             text += f"; tried again: {reasons}"
+        if together.uncounted:
+            text += f"; impossible token counts: {together.uncounted.total():,} (taken by length)"
         self._job.say(text)
 
 

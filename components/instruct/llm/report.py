@@ -40,6 +40,7 @@ def report_teacher(
         "tokens": tokens._asdict(),
         "cost": cost,
         "tries_without_answer_in_the_last_run": dict(tally.faults),
+        "impossible_token_counts_in_the_last_run": tally.uncounted.total(),
         "rejected": {"samples": dict(samples.most_common()), "pairs": dict(pairs.most_common())},
         "contexts": {name: count for name, count in sorted(verdict.notes.items()) if count},
     }

@@ -85,8 +85,9 @@ def test_every_kind_of_failure_is_counted_and_the_score_is_that_of_the_rest(
     assert rows["prose first"]["content"] == "Both are good.\n8 9"  # stored as it came
     assert rows["prose first"]["failed_tries"] == [{"content": "Both are good.\n8 9"}]
     assert "refusal: I will not." in rows["refusal"]["error"]
-    assert "APITimeoutError" in rows["time-out"]["error"]
-    assert "APIConnectionError" in rows["cut connection"]["error"]
+    assert rows["time-out"]["error"] == "time-out"
+    assert rows["cut connection"]["error"] == "cut connection"
+    assert rows["server error"]["error"] == "status 500" and rows["bad request"]["error"] == "status 400: no"
     for name in ("half an answer", "a page", "choices no list", "no choices", "no object", "parts"):
         assert rows[name]["error"].startswith("malformed reply: "), name
     assert rows["retried"]["failed_tries"] == [{"content": "What?"}]

@@ -300,6 +300,21 @@ def test_tokens_are_counted_by_length_where_the_endpoint_does_not_count(
     assert tally.tokens.all == pytest.approx(sum(one.tokens for one in teacher.seen), rel=0.05)
 
 
+@pytest.mark.parametrize(
+    "usage",
+    [{"prompt_tokens": -10**9}, {"completion_tokens": float("inf")}, {"prompt_tokens": float("nan")},
+     {"completion_tokens": 10**30}, {"prompt_tokens": "many"}],
+)  # fmt: skip
+def test_a_count_that_cannot_be_is_not_taken_and_is_told(
+    teacher: TeacherServer, key_file: str, tmp_path: Path, usage: dict[str, Any]
+) -> None:
+    teacher.manners.usage = usage
+    settings = llm(teacher, key_file, budget_tokens=1_000_000)
+    tally = ask_now(settings, tmp_path, requests_about(settings, 3))
+    assert tally.tokens.all == pytest.approx(sum(one.tokens for one in teacher.seen), rel=0.05)
+    assert tally.uncounted.total() == tally.answered > 0 and not tally.used_up
+
+
 def test_a_failure_that_never_passes_stops_the_run_and_keeps_what_was_answered(
     teacher: TeacherServer, key_file: str, tmp_path: Path
 ) -> None:
