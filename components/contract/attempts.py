@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from components.contract.lease import Lease
-from components.contract.manifest import ATTEMPTS, MARKS, Manifest, place_of
+from components.contract.manifest import ATTEMPTS, MARKS, Manifest, attempt_folder
 from components.contract.store import Entry, Folder
 
 TAKEN_OVER = "taken-over"
@@ -39,7 +39,7 @@ def next_token(manifest: Manifest | None) -> int:
 
 def files_of(address: Folder, attempt: str) -> Iterator[Entry]:
     """What lies at an attempt's place, keys relative to it, without what says how the artifact stands."""
-    for entry in place_of(address, attempt).list():
+    for entry in attempt_folder(address, attempt).list():
         other = not attempt and (entry.key in MARKS or entry.key.startswith(f"{ATTEMPTS}/"))
         if not other and entry.key != TAKEN_OVER:
             yield entry
@@ -63,14 +63,14 @@ def take_over(address: Folder, attempt: str, wanted: Callable[[str], bool], chec
     before = earlier(address, attempt)
     if not before:
         return 0
-    origin, goal = place_of(address, before[0]), place_of(address, attempt)
+    origin, goal = attempt_folder(address, before[0]), attempt_folder(address, attempt)
 
     copied = goal.copy_all(origin, _wanted(address, before[0], wanted), check)
     goal.write(TAKEN_OVER, b"")
     for older in before[1:]:
-        place = place_of(address, older)
+        old = attempt_folder(address, older)
         for key in _wanted(address, older, wanted):
-            place.delete(key)
+            old.delete(key)
     return copied
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import tempfile
 from contextlib import closing
 from pathlib import Path
 
@@ -35,19 +36,29 @@ def database_path(uri: str) -> Path | None:
     return Path(uri.removeprefix(_SQLITE)) if uri.startswith(_SQLITE) else None
 
 
+def is_new(uri: str) -> bool:
+    """Whether `uri` is an SQLite file that is not there yet."""
+    database = database_path(uri)
+    return database is not None and not database.exists()
+
+
 def check_writable(uri: str) -> None:
     """RefusedInput where the SQLite file of `uri` cannot be made or written: MLflow would try for minutes.
 
-    A file that another process writes just now is one that can be written.
+    A file that another process writes just now is one that can be written. One that is not there is not made.
     """
     database = database_path(uri)
     if database is None:
         return
     try:
-        database.parent.mkdir(parents=True, exist_ok=True)
-        with closing(sqlite3.connect(database, timeout=0, isolation_level=None)) as connection:
-            connection.execute("BEGIN IMMEDIATE")
-            connection.execute("ROLLBACK")
+        if database.exists():
+            with closing(sqlite3.connect(database, timeout=0, isolation_level=None)) as connection:
+                connection.execute("BEGIN IMMEDIATE")
+                connection.execute("ROLLBACK")
+        else:
+            folder = next(path for path in database.parents if path.exists())
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(b"x")
     except (OSError, sqlite3.Error) as error:
         if "locked" in str(error):
             return

@@ -112,7 +112,7 @@ class Artifact:
     @property
     def folder(self) -> Folder:
         """Where its files lie, at the paths that the manifest gives."""
-        return place_of(self.address, self.manifest.attempt)
+        return attempt_folder(self.address, self.manifest.attempt)
 
     @property
     def uri(self) -> str:
@@ -166,7 +166,7 @@ def parquet_in(keys: Iterable[str], folder: str = "") -> tuple[str, ...]:
     )
 
 
-def place_of(address: Folder, attempt: str) -> Folder:
+def attempt_folder(address: Folder, attempt: str) -> Folder:
     """The folder of an attempt to make the artifact at `address`; that of the first one is the address itself."""
     return address.sub(attempt) if attempt else address
 

@@ -22,7 +22,7 @@ from components.contract.manifest import (
     Artifact,
     FileEntry,
     Manifest,
-    place_of,
+    attempt_folder,
     read_artifact,
     verify,
 )
@@ -168,8 +168,8 @@ def _make(plan: _Target, lease: leases.Lease) -> Artifact:
             job = Job(
                 settings=plan.settings,
                 inputs=plan.inputs,
-                folder=place_of(plan.address, attempt),
-                earlier=tuple(place_of(plan.address, name) for name in earlier(plan.address, attempt)),
+                folder=attempt_folder(plan.address, attempt),
+                earlier=tuple(attempt_folder(plan.address, name) for name in earlier(plan.address, attempt)),
                 scratch=Path(scratch),
                 run=run,
                 lease=lease,

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from components.contract.database import check_writable, checked, database_path, database_uri
+from components.contract.database import check_writable, checked, database_path, database_uri, is_new
 from components.contract.mlflow_client import TrackingError, client, errors
 from components.contract.secrets import refuse_secrets
 from components.contract.tracked_run import TAG_LENGTH, TrackedRun
@@ -41,10 +41,15 @@ class Tracking:
         return self.uri.startswith("http")
 
     def check(self) -> None:
-        """Reach MLflow and find or make the experiment, within seconds; RefusedInput if that fails."""
+        """Reach MLflow and find or make the experiment, within seconds; RefusedInput if that fails.
+
+        A database that is not there yet is only tried for whether it can be made: the first run makes it.
+        """
         quick = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
         before = {name: os.environ.get(name) for name in quick}
         check_writable(self.uri)
+        if is_new(self.uri):
+            return
         os.environ.update(quick)
         try:
             self._experiment_id = None
@@ -61,6 +66,8 @@ class Tracking:
     def experiment_id(self) -> str:
         """The experiment's id; the experiment is made if it does not exist."""
         if self._experiment_id is None:
+            if (database := database_path(self.uri)) is not None:
+                database.parent.mkdir(parents=True, exist_ok=True)
             with errors(self.uri):
                 self._experiment_id = self._find_or_make()
         return self._experiment_id

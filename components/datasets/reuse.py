@@ -26,7 +26,7 @@ from components.datasets.results import ShardResult
 
 SHARDS_FILE = "shards.jsonl"
 RECORDS = "checkpoints/shards"
-_PLACE = re.compile(rf"(?P<place>(?P<address>[^/]+)(?:/{ATTEMPTS}/[^/]+)?)/(?P<name>.+)")
+_PATH = re.compile(rf"(?P<folder>(?P<address>[^/]+)(?:/{ATTEMPTS}/[^/]+)?)/(?P<name>.+)")
 _READS = 16  # records that are read at once: an unfinished artifact has one for each shard
 
 
@@ -53,12 +53,12 @@ class EarlierShards:
         wanted: list[tuple[bool, str, str]] = []
         for key in keys:
             # The folder of an attempt stands for the artifact: what is copied from it is looked at again.
-            if place := _PLACE.fullmatch(key):
-                finished = f"{place['address']}/{MANIFEST}" in keys
-                name = place["name"]
+            if matched := _PATH.fullmatch(key):
+                finished = f"{matched['address']}/{MANIFEST}" in keys
+                name = matched["name"]
                 if name == SHARDS_FILE if finished else name.startswith(f"{RECORDS}/"):
-                    wanted.append((finished, place["place"], name))
-        folders = {place: store.sub(place) for _, place, _ in wanted}
+                    wanted.append((finished, matched["folder"], name))
+        folders = {folder: store.sub(folder) for _, folder, _ in wanted}
         # The finished ones last: they win.
         others = [
             (folders[one], name) for _, one, name in sorted(wanted) if folders[one].uri != job.folder.uri

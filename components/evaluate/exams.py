@@ -38,7 +38,7 @@ class Exam:
     """Tokens after which an answer is cut."""
     conditions: tuple[str, ...]
     """What is shown with each question, one after the other: `answering.RIGHT`, `BLANK`, `WRONG`."""
-    place: Path
+    local: Path
     """Its files here."""
     folder: str
     """Its files in the artifact; empty: at its top."""
@@ -149,7 +149,7 @@ def answered(exam: Exam, texts: Sequence[str], model: str, prefix: str = "") -> 
         row |= {"answer_id": sha256_of([exam.digest, model, item.row])[:22], "model_id": model}
         rows.append(row | {name: value for name, value in item.row.items() if name != "question_id"})
     ending, body = exam.benchmark.write(exam.items, rows)
-    path = exam.place / f"{prefix}answers{ending}"
+    path = exam.local / f"{prefix}answers{ending}"
     path.write_text(body, encoding="utf-8")
     return replace(exam.files, answers=path)
 
@@ -165,7 +165,7 @@ def naming(exam: Exam, files: Files) -> AbstractContextManager[None]:
     names = dict(exam.own)
     if exam.settings is not None:
         names[str(files.answers)] = f"the answers to {next(iter(exam.settings.paths.values()))}"
-    return _naming(names | {f"{exam.place}/": f"{exam.folder}/".lstrip("/")})
+    return _naming(names | {f"{exam.local}/": f"{exam.folder}/".lstrip("/")})
 
 
 def units(exam: Exam, scored: Scored) -> list[Unit]:

@@ -35,9 +35,9 @@ class HeldOutExam(Exam):
     """Held-out rows that are no question, by reason."""
 
 
-def open_heldout(dataset: Folder, settings: EvaluateSettings, place: Path) -> HeldOutExam:
-    """The exam; `place`: an empty folder for its answers, which it makes."""
-    place.mkdir(parents=True)
+def open_heldout(dataset: Folder, settings: EvaluateSettings, local: Path) -> HeldOutExam:
+    """The exam; `local`: an empty folder for its answers, which it makes."""
+    local.mkdir(parents=True)
     questions, skipped = read_questions(dataset, settings.limit, settings.seed)
     others = wrong_pictures(questions, settings.seed)
     terms = {
@@ -65,7 +65,7 @@ def open_heldout(dataset: Folder, settings: EvaluateSettings, place: Path) -> He
         digest=exam_digest(questions, others, terms),
         answer_length=settings.max_new_tokens,
         conditions=(RIGHT, BLANK, WRONG),
-        place=place,
+        local=local,
         folder="",
         own={},
         questions=questions,
@@ -96,7 +96,7 @@ def write_rows(exam: HeldOutExam, rows: Sequence[Answered]) -> dict[str, Files]:
     """The files that are scored, by condition; the first of them holds everything and is the artifact's own."""
     found = {}
     for condition in exam.conditions:
-        path = exam.place / ("answers.jsonl" if condition == RIGHT else f"{condition}.jsonl")
+        path = exam.local / ("answers.jsonl" if condition == RIGHT else f"{condition}.jsonl")
         told: Sequence[Any] = rows
         if condition != RIGHT:
             told = [row | {"answers": {RIGHT: row["answers"][condition]}} for row in rows]

@@ -26,7 +26,7 @@ def reviewed(job: Job[EvaluateSettings], exam: Exam, files: Files) -> Files:
     one = exam.settings
     assert one is not None and one.judge is not None and exam.benchmark.judge is not None
     settings = one.judge
-    runs = [exam.place / f"reviews-{run + 1}.jsonl" for run in range(one.judge_runs)]
+    runs = [exam.local / f"reviews-{run + 1}.jsonl" for run in range(one.judge_runs)]
     for path in runs:
         if found := job.folder.fetch(_key(exam, path)):
             path.write_bytes(found[0])

@@ -74,8 +74,8 @@ def result_of(
         remarks += [f"{exam.title}: {remark}" for remark in clean[RIGHT].remarks]
         told[f"eval/{_metric(exam.title)}/questions/n"] = float(clean[RIGHT].n)
         told[f"eval/{_metric(exam.title)}/questions/failed"] = float(clean[RIGHT].failed)
-    for path in sorted(path for path in exam.place.rglob("*") if path.is_file()):
-        job.folder.upload(path, f"{exam.folder}/{path.relative_to(exam.place).as_posix()}")
+    for path in sorted(path for path in exam.local.rglob("*") if path.is_file()):
+        job.folder.upload(path, f"{exam.folder}/{path.relative_to(exam.local).as_posix()}")
     marked = {condition: exams.units(exam, scored) for condition, scored in every.items()}
     return Result(exam, note, clean, told, remarks, _samples(exam, answers, marked))
 

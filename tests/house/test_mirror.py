@@ -18,7 +18,6 @@ APART = {
 OF_A_FOLDER = {
     "tests/components/scoring/benchmarks/test_golden.py": "every benchmark on stored answers",
     "tests/components/scoring/benchmarks/test_joins.py": "files that do not fit, of every benchmark",
-    "tests/components/shard/sources/test_sources.py": "what all sources share",
     "tests/components/contract/store/test_store.py": "what both stores promise",
 }
 

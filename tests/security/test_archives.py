@@ -23,7 +23,7 @@ from components.shard import ShardSettings
 from components.shard.sources import SOURCES, parquet, tars
 from components.shard.sources.base import RefusedSample
 from llava.errors import RefusedInput
-from tests.components.shard.sources.test_sources import coco, found, in_tar, in_zip, jpeg, told
+from tests.support.sources import coco, found, in_tar, in_zip, jpeg, told
 from tests.support.time_limit import within
 
 MEMORY = 300 * 2**20

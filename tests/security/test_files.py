@@ -37,7 +37,7 @@ from components.shard.sources import SOURCES, webdataset
 from components.shard.sources.photos import refused_files
 from llava.errors import RefusedInput
 from tests.components.conftest import lines, run_at, run_in
-from tests.components.shard.sources.test_sources import (
+from tests.support.sources import (
     coco,
     found,
     in_folder,

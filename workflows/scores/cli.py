@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from llava.errors import RefusedInput
-from workflows.options import Root
 
 Answers = Annotated[
     Path | None,
@@ -107,7 +106,9 @@ def compare(
     names: Annotated[
         list[str], typer.Argument(metavar="MODEL_A MODEL_B ...|BENCHMARK BASE NEW", help="What is compared.")
     ],
-    root: Root = "runs",
+    root: Annotated[
+        str | None, typer.Option(help="Where models and evaluations are and go; default: runs.")
+    ] = None,
     score: Annotated[
         list[str] | None,
         typer.Option(
@@ -156,11 +157,11 @@ def compare(
         scoring.refuse_any(
             options, "belongs to BENCHMARK BASE NEW; models are asked, and bring their own files"
         )
-        models.command(names, root, rule, out, json_)
+        models.command(names, root or "runs", rule, out, json_)
         return
     if len(names) != 3:
         raise RefusedInput(f"compare {names[0]}: give BASE and NEW, the answers of two models")
-    scoring.refuse_foreign(names[0], options)
+    scoring.refuse_foreign(names[0], [*options, scoring.Option("--root", "root", root)])
     named = scoring.label_files(labels or [])
 
     def files(name: str, answers: str, reviews: list[Path] | None) -> Files:

@@ -158,9 +158,13 @@ class FolderStore(Store):
             os.close(descriptor)
 
     def probe(self) -> None:
-        """Write into the folder; RefusedInput where that is not possible."""
+        """Write into the folder, and leave none that was not there; RefusedInput where that is not possible."""
         try:
+            new = [path for path in (self._root, *self._root.parents) if not path.exists()]
             super().probe()
+            for path in new:
+                with contextlib.suppress(OSError):  # somebody else uses it by now
+                    path.rmdir()
         except OSError as error:
             reason = error.strerror or str(error)
             raise RefusedInput(

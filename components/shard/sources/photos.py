@@ -131,8 +131,8 @@ def external_with_roots(settings: SourceSettings) -> dict[str, str]:
     """The fingerprints of the data folder and of every further place of photos."""
     found = files_of(settings)
     for number, root in enumerate(settings.roots):
-        prefix, place = _split(root)
-        found[f"photos {number} {prefix}".rstrip()] = fingerprint(place, links_of(settings.follow_links))
+        prefix, path = _split(root)
+        found[f"photos {number} {prefix}".rstrip()] = fingerprint(path, links_of(settings.follow_links))
     return found
 
 
@@ -140,8 +140,8 @@ def refused_files(settings: SourceSettings) -> list[Refusal]:
     """What lies in the data folder and in further places of photos and is neither listed nor read."""
     if settings.path is None:
         return []
-    places = [_split(root)[1] for root in settings.roots if not root.endswith(SUFFIXES)]
-    stores = [open_data(settings), *(open_data_store(place, settings.follow_links) for place in places)]
+    paths = [_split(root)[1] for root in settings.roots if not root.endswith(SUFFIXES)]
+    stores = [open_data(settings), *(open_data_store(path, settings.follow_links) for path in paths)]
     return [one for store in stores for one in store.refused()]
 
 
@@ -154,8 +154,8 @@ def find_photos(settings: SourceSettings, *also: str) -> Photos:
     first = _inside(store, settings.images) if settings.images is not None else _usual(store, "images", *also)
     roots: list[tuple[str, Root]] = [("", first)]
     for root in settings.roots:
-        prefix, place = _split(root)
-        roots.append((prefix, _open(place, settings.follow_links)))
+        prefix, path = _split(root)
+        roots.append((prefix, _open(path, settings.follow_links)))
     return Photos(tuple(roots), " or ".join([store.uri, *(_split(root)[1] for root in settings.roots)]))
 
 
@@ -195,9 +195,9 @@ def _is_inside(path: str) -> bool:
 
 
 def _split(root: str) -> tuple[str, str]:
-    prefix, equals, place = root.partition("=")
+    prefix, equals, path = root.partition("=")
     if equals and not prefix.startswith(("/", "s3://", "~")):
-        return prefix, place
+        return prefix, path
     return "", root
 
 
@@ -227,14 +227,14 @@ def _inside(store: Store, name: str) -> Root:
     return Folder(store, name.rstrip("/") + "/")
 
 
-def _open(place: str, follow_links: bool | None) -> Root:
-    parent, _, name = place.rstrip("/").rpartition("/")
+def _open(path: str, follow_links: bool | None) -> Root:
+    parent, _, name = path.rstrip("/").rpartition("/")
     if name.endswith(SUFFIXES):
         # Whoever names a file means it, wherever a link of that name leads.
-        store = open_data_store(parent or ("/" if place.startswith("/") else "."), True)
+        store = open_data_store(parent or ("/" if path.startswith("/") else "."), True)
         if store.stat(name) is not None:
             return Archive(File.at(store, name))
-    store = open_data_store(place, follow_links)
+    store = open_data_store(path, follow_links)
     if next(store.list(), None) is None:
-        raise RefusedInput(f"shard.roots: {place}: nothing lies there{left_out(store.refused())}")
+        raise RefusedInput(f"shard.roots: {path}: nothing lies there{left_out(store.refused())}")
     return Folder(store)
