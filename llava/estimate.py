@@ -14,11 +14,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from llava.choices import Checkpointing
 from llava.errors import RefusedInput
 from llava.sizes import Flops, Sizes, Training, Work, flops, read_layers
 
 GIB = 2**30
-Checkpointing = Literal["none", "selective", "full"]
 CHECKPOINTING: tuple[Checkpointing, ...] = ("none", "selective", "full")
 ROWS = (2048, 4096, 8192, 16384, 32768)
 """Token budgets of a row that a choice tries."""

@@ -25,10 +25,11 @@ from transformers import (
 
 from llava import pretrained
 from llava.attention import packing_attention
+from llava.choices import Fit
 from llava.conversation import Encoder
 from llava.data.collate import PackedRow
 from llava.errors import RefusedInput
-from llava.pixels import Fit, Pixels, fitted
+from llava.pixels import Pixels, fitted
 from llava.templates import chat_template, check_name, is_chat
 from llava.text_tokenizer import IMAGE
 from llava.towers import family_of

@@ -5,18 +5,16 @@ to the device, where they cost nothing and a quarter of the bytes travel.
 """
 
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil
 
-_LONGEST = 4096
+from llava.choices import Fit
 
-Fit = Literal["model", "pad", "crop"]
-"""How a picture becomes a square: as the model's folder says; padded with the mean colour (v1.5, section 3.3); its
-middle (v1)."""
+_LONGEST = 4096
 
 
 def fitted(image_processor: Any, fit: Fit, edge: int) -> Any:

@@ -138,6 +138,7 @@ def submit(
     watch: Annotated[bool, typer.Option("--watch", help="Follow states and log until it ends.")] = False,
 ) -> None:
     """Start a run on Kubernetes: a copy of the template RayJob, once per minute and name."""
+    from components.contract import tell
     from workflows.kubernetes import submit as submitting
     from workflows.kubernetes.api import Cluster
 
@@ -145,7 +146,7 @@ def submit(
         command, preset, root, drop or (), set_ or (), template, scheduled, if_new, allow_parallel, watch
     )
     if name := submitting.submit(request, Cluster(namespace, context)):
-        print(name, flush=True)
+        tell(name)
 
 
 @app.command()

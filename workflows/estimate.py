@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from components.backbones import tiny
+from components.backbones import shipped
 from components.backbones.component import BackbonesSettings
 from components.contract import tell
 from components.registry import open_model
@@ -113,7 +113,7 @@ def sizes_of(config: WorkflowConfig) -> Sizes:
 def _part(settings: BackbonesSettings, what: str) -> VisionSizes | LanguageSizes:
     read = vision_sizes if what == "vision" else language_sizes
     if settings.kind == "tiny":
-        return read(json.loads((tiny.TOWERS / what / "config.json").read_text()))
+        return read(json.loads((shipped.TOWERS / what / "config.json").read_text()))
     source = next(each for each in settings.sources if each.what == what)
     if source.folder is not None:
         try:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from components.backbones.given import Given, GivenSettings, find, start_from
 from components.contract import Artifact, Component, Settings, Workspace, refusals, run_component
 from components.contract.runner import Outcome
 from components.register import champion_model
@@ -45,10 +44,14 @@ class StartFrom(Step):
 
     def preflight(self, workspace: Workspace) -> list[str]:
         """A model that cannot be found."""
+        from components.backbones.given import find
+
         return refusals(lambda: find(self.settings.uri, workspace))
 
     def run(self, inputs: dict[str, Artifact], workspace: Workspace) -> Outcome:
         """The artifact that it is, or the folder mirrored into the root."""
+        from components.backbones.given import start_from
+
         return start_from(self.settings.uri, self.settings.template, workspace)
 
 
@@ -120,6 +123,8 @@ def _is_on(settings: Settings | None) -> bool:
 
 
 def _given(uri: str, settings: Settings) -> Step:
+    from components.backbones.given import Given, GivenSettings
+
     # A folder that does not say what it was trained with is told by a template that somebody wrote down.
     template = getattr(settings, "template") if "template" in settings.model_fields_set else None  # noqa: B009
     return StartFrom("backbones", Given(), GivenSettings(uri=uri, template=template))

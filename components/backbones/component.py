@@ -3,22 +3,23 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from components.backbones import tiny
+from components.backbones.shipped import GATED, LANGUAGE, RECORD, TOWERS, VISION
 from components.backbones.sources import WeightsSource, load_language, load_vision
 from components.contract import Component, Job, Settings
-from llava import model as models
 from llava import sizes
+from llava.choices import Fit
 from llava.errors import RefusedInput
-from llava.pixels import Fit, fitted
 from llava.templates import NAMES
 from llava.towers import FAMILIES
 from llava.towers.base import VisionSizes
 
-RECORD = "record.json"
+if TYPE_CHECKING:
+    from llava.model import Reading
+
 _PARTS = ("vision_tower", "multi_modal_projector", "language_model")
 
 
@@ -84,9 +85,11 @@ class BackbonesSettings(Settings):
         )
 
     @property
-    def reading(self) -> models.Reading:
+    def reading(self) -> "Reading":
         """How the tower is read."""
-        return models.Reading(self.projector, self.feature_layer, self.keep_cls)
+        from llava.model import Reading
+
+        return Reading(self.projector, self.feature_layer, self.keep_cls)
 
 
 class Backbones(Component):
@@ -105,9 +108,9 @@ class Backbones(Component):
         if settings.retrain:
             return {}
         digest = hashlib.sha256()
-        for path in sorted(tiny.TOWERS.rglob("*")):
+        for path in sorted(TOWERS.rglob("*")):
             if path.is_file():
-                digest.update(path.relative_to(tiny.TOWERS).as_posix().encode() + b"\0" + path.read_bytes())
+                digest.update(path.relative_to(TOWERS).as_posix().encode() + b"\0" + path.read_bytes())
         return {"towers": digest.hexdigest()}
 
     def run(self, job: Job[BackbonesSettings]) -> None:
@@ -118,21 +121,26 @@ class Backbones(Component):
             )
             _join(job, vision, language)
             return
-        towers = tiny.TOWERS
+        towers = TOWERS
         if settings.retrain:
+            from components.backbones import tiny
+
             towers = job.scratch / "towers"
             gates = tiny.train_towers(towers, settings.seed, job.say)
         else:
             gates = json.loads((towers / RECORD).read_text())["gates"]
         job.metrics.update({f"gate/{name}": float(value) for name, value in gates.items()})
         measured = "measured now" if settings.retrain else "as recorded when they were made"
-        figures = ", ".join(f"{name} {gates[name]:.1f} %" for name in tiny.GATED)
+        figures = ", ".join(f"{name} {gates[name]:.1f} %" for name in GATED)
         job.say(f"tiny towers, held-out scenes ({measured}): {figures}")
-        _join(job, towers / tiny.VISION, towers / tiny.LANGUAGE)
+        _join(job, towers / VISION, towers / LANGUAGE)
 
 
 def _join(job: Job[BackbonesSettings], vision_folder: Path, language_folder: Path) -> None:
     import torch
+
+    from llava import model as models
+    from llava.pixels import fitted
 
     settings: BackbonesSettings = job.settings
     models.quiet()

@@ -16,11 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-
 from components.contract.digest import fingerprint
-from llava import pretrained
 from llava.errors import LlavaError, RefusedInput
 from llava.towers import family_of
 
@@ -150,6 +146,9 @@ def as_safetensors(found: Path, scratch: Path, say: Callable[[str], None]) -> Pa
 
 def _rewrite(pickled: Path, goal: Path) -> None:
     """One file at a time is in memory; tensors that share storage (tied weights) are written apart."""
+    import torch
+    from safetensors.torch import save_file
+
     try:
         state: Any = torch.load(pickled, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
@@ -170,6 +169,8 @@ def _rewrite(pickled: Path, goal: Path) -> None:
 
 def load_vision(folder: Path, what: str) -> tuple[Any, Any]:
     """The vision tower and its image processor; of a model with a text half its vision half."""
+    from llava import pretrained
+
     with _named(what):
         config_class, model_class = family_of(_config(folder).get("model_type")).classes()
         config = pretrained.config(config_class, folder)
@@ -179,11 +180,15 @@ def load_vision(folder: Path, what: str) -> tuple[Any, Any]:
 
 def load_language(folder: Path, what: str) -> tuple[Any, Any]:
     """The language model, in the precision it is stored in, and its tokenizer."""
+    from llava import pretrained
+
     with _named(what):
         return pretrained.causal_language_model(folder), pretrained.tokenizer(folder)
 
 
 def _config(folder: Path) -> dict[str, Any]:
+    from llava import pretrained
+
     with pretrained.reading(f"{folder}/config.json"):
         found = json.loads((folder / "config.json").read_bytes())
         return found if isinstance(found, dict) else {}

@@ -18,20 +18,11 @@ from transformers import CLIPVisionModel, LlamaForCausalLM
 
 from components import tiny_world
 from components.backbones import language, probe, vision
+from components.backbones.shipped import GATED, LANGUAGE, RECORD, VISION
 from components.backbones.tokenizer import train_tokenizer
 from llava import pretrained
 
-TOWERS = Path(__file__).parent / "towers"
-LANGUAGE, VISION, RECORD = "language", "vision", "record.json"
 GATE = 95.0
-GATED = (
-    "answers from captions",
-    "answers from text pictures",
-    "colour from patches",
-    "shape from patches",
-    "size from patches",
-    "place from patches",
-)
 TOKENIZER_SAMPLES = 6000
 SHARD_SIZE = "480KB"
 GATE_SCENES = 600

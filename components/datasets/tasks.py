@@ -20,8 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from components.contract.component import Job
 from components.contract.pace import Due, duration
 from components.contract.store import Folder, open_store
@@ -105,6 +103,8 @@ def run_shards(
     Ray must be initialised. Every file is declared to the job. Raises LlavaError when a shard fails for good
     or when too many samples are refused; what is finished by then is found again by the next run.
     """
+    import ray
+
     total, waiting = ShardResult(), []
     reusable = all(task.made_of for task in tasks)
     results = {task.name: _finished(job.folder, task.name) for task in tasks}
@@ -115,10 +115,11 @@ def run_shards(
             total.add(found)
     progress = _Progress(job, tasks, waiting)
     refusals.check(total)
+    run: Any = ray.remote(**PLACED)(_run_here)
     earlier = ray.put(EarlierShards.of(job) if waiting and reusable else None)
 
     def submit(task: ShardTask) -> Any:
-        return _run.remote(job.folder.uri, task, group, earlier)
+        return run.remote(job.folder.uri, task, group, earlier)
 
     def look() -> None:
         job.lease.check()
@@ -160,9 +161,6 @@ def _made(folder: Folder, task: ShardTask, group: GroupSize) -> ShardResult:
 def file_of(split: str, part: int) -> str:
     """The name of a shard's file of `split` in its artifact."""
     return f"{split}/part-{part:05d}.parquet"
-
-
-_run: Any = ray.remote(**PLACED)(_run_here)
 
 
 def _record(name: str) -> str:

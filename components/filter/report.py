@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-from matplotlib.figure import Figure
 
 from components.contract.component import Job
 from components.datasets.results import ShardResult
@@ -14,6 +14,9 @@ from components.filter.choice import Postings
 from components.filter.settings import FilterSettings
 from components.pages import html
 from llava.data.schema import SPLITS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PAGE, PLOT = "report/filter.html", "report/phrases.png"
 PHRASES_SHOWN = 40
@@ -101,6 +104,8 @@ def report(job: Job[FilterSettings], result: ShardResult, choice: PhraseChoice) 
 
 def frequencies(before: np.ndarray, after: np.ndarray) -> Figure:
     """Captions of each phrase over its rank, before and after, both axes logarithmic."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     for values, label in ((before, "before, all"), (after[after > 0], "after, those that count")):

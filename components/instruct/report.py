@@ -6,10 +6,9 @@ import hashlib
 import json
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
-from matplotlib.figure import Figure
 
 from components.contract.component import Job
 from components.datasets.results import ShardResult
@@ -17,6 +16,9 @@ from components.datasets.samples import literal, sample_rows
 from components.instruct.settings import InstructSettings
 from llava.data.images import decode
 from llava.data.schema import SPLITS, Row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ECOSYSTEM_FILE = "llava_instruct.json"
 SAMPLES_SHOWN = 12
@@ -72,6 +74,8 @@ def write_ecosystem_file(job: Job[InstructSettings], result: ShardResult) -> Non
 
 def count_plot(kinds: dict[str, dict[str, int]], first_words: dict[str, int]) -> Figure:
     """Bars: questions of each kind, in both splits, and how questions begin."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(14, 6), layout="constrained")
     left, right = figure.subplots(1, 2)
     names = sorted({kind for found in kinds.values() for kind in found})
@@ -91,6 +95,8 @@ def count_plot(kinds: dict[str, dict[str, int]], first_words: dict[str, int]) ->
 
 def conversation_sheet(rows: list[Row]) -> Figure:
     """Samples two abreast: the picture, and beside it what is asked and answered."""
+    from matplotlib.figure import Figure
+
     height = max(1, -(-len(rows) // 2))
     figure = Figure(figsize=(16, 3.2 * height), layout="constrained")
     axes: Any = figure.subplots(height, 4, squeeze=False, width_ratios=[1, 1.6, 1, 1.6])

@@ -177,13 +177,8 @@ def require(what: str, workers: int, cpus: float, gpu: bool) -> None:
     """
     if os.environ.get("RAY_ADDRESS"):
         return
-    import torch
-
-    for name, need, has in (
-        ("CPU", workers * cpus, _cpus()),
-        ("GPU", workers * gpu, torch.cuda.device_count()),
-    ):
-        if need > has:
+    for name, need, count in (("CPU", workers * cpus, _cpus), ("GPU", workers * gpu, _gpus)):
+        if need and need > (has := count()):
             raise RefusedInput(
                 f"{what}: {workers} workers take {need:g} {name}, this machine has {has}: set fewer workers, or "
                 "RAY_ADDRESS to a cluster that has them"
@@ -199,6 +194,12 @@ def require_unless_made(workspace: Workspace, component: str, workers: int, cpus
 def _cpus() -> int:
     # A machine with one core still has to place a task beside a waiting one.
     return max(2, os.cpu_count() or 1)
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
 
 
 @contextmanager

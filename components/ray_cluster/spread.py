@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, TypeVar
 
-import ray
-
 from components.contract.component import Job
 from components.contract.pace import SAY_EVERY_SECONDS, Due, duration
 from components.contract.store import StoreError
@@ -45,6 +43,8 @@ def spread(
     every node once. At most `workers` run at once (None: every CPU of the cluster), and no more results than that
     wait. Raises LlavaError for a piece that fails for good; `doing` names the work in it and in the progress.
     """
+    import ray
+
     task = ray.remote(**PLACED)(work)
     everywhere = ray.put(shared)
     started, due = time.monotonic(), Due(at_once=False)
@@ -72,6 +72,8 @@ def in_flight(
     Gives each piece with the reference of its finished task, in the order in which they finish. `look` is called
     after every result, and every few seconds in which none comes; what it raises ends all tasks.
     """
+    import ray
+
     at_once = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
     queue = iter(pieces)
     running: dict[Any, Piece] = {}
@@ -92,6 +94,8 @@ def in_flight(
 
 def result_of(reference: Any, doing: str) -> Any:
     """What a task gave; LlavaError, which names what it was `doing`, for one that failed for good."""
+    import ray
+
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from typing import Any
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from components.contract.component import Job
 from components.datasets.results import ShardResult
@@ -14,6 +12,9 @@ from components.pages import html
 from components.shard.quality import examine, note_quality, page, preview
 from components.shard.settings import ShardSettings
 from llava.data.schema import SPLITS, Row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PAGE, SHEET = "report/quality.html", "report/samples.png"
 SHEET_COLUMNS, SHEET_ROWS = 6, 4
@@ -63,6 +64,8 @@ def report(job: Job[ShardSettings], result: ShardResult) -> None:
 
 def contact_sheet(rows: list[Row]) -> Figure:
     """Pictures in a grid, each over its first caption or its first question."""
+    from matplotlib.figure import Figure
+
     height = max(1, -(-len(rows) // SHEET_COLUMNS))
     figure = Figure(figsize=(2.6 * SHEET_COLUMNS, 3.0 * height), layout="constrained")
     axes: Any = figure.subplots(height, SHEET_COLUMNS, squeeze=False)

@@ -3,10 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-import ray
-from ray.exceptions import GetTimeoutError, RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
 
 @dataclass
 class Progress:
@@ -76,6 +72,9 @@ class ProgressActor:
 
 def start_progress_actor() -> Any:
     """A `ProgressActor` on the node of this process, which no other node's end can take away."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(num_cpus=0, max_restarts=-1)(ProgressActor).options(scheduling_strategy=here).remote()
 
@@ -130,6 +129,9 @@ class ProgressClient:
         return told
 
     def _ask(self, asked: Any) -> Any:
+        import ray
+        from ray.exceptions import GetTimeoutError, RayError
+
         try:
             return ray.get(asked, timeout=self._timeout)
         except (RayError, GetTimeoutError):

@@ -25,7 +25,6 @@ from components.contract import (
 )
 from components.training.settings import Extra
 from llava import conversation, templates, text_tokenizer
-from llava import model as models
 from llava.conversation import Encoder
 from llava.data import plan, samples
 from llava.data.plan import Coverage, SampleIndex, scan
@@ -177,6 +176,8 @@ class _Lengths:
 
     def __init__(self, job: Job[Any], view: str) -> None:
         model, settings = job.inputs["model"], job.settings
+        from llava import model as models
+
         folder = model.local(MODEL)
         tokens = models.image_tokens(models.load_config(folder))
         tokenizer = models.load_processor(folder).tokenizer

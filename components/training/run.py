@@ -10,6 +10,7 @@ from torch import distributed, nn
 
 from components.contract import Folder, TrackedRun
 from components.training import checkpoints
+from components.training.data import MODEL
 from components.training.observers.base import Observer, RunState
 from components.training.observers.heldout import HeldOutLoss
 from components.training.observers.metrics import Metrics
@@ -26,8 +27,6 @@ from llava import model as models
 from llava.data.jsonl import from_jsonl, to_jsonl
 from llava.training import checkpoint as files
 from llava.training.loop import StepReport
-
-MODEL = "model"
 
 
 class Run:

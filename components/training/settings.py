@@ -4,20 +4,21 @@ Whatever cannot work together is refused here, when the config is read, before a
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from components.contract.component import Settings, run_field
 from components.contract.secrets import refuse_secrets
 from components.training.deepspeed_config import deepspeed_config, read_json
-from llava.attention import packing_attention
+from llava.choices import Checkpointing, Fit
 from llava.errors import RefusedInput
-from llava.lora import Lora, available
-from llava.pixels import Fit
 from llava.sizes import Training
 from llava.templates import NAMES
-from llava.training.memory import Checkpointing, can_fuse_loss
+
+if TYPE_CHECKING:
+    from llava.lora import Lora
 
 AUTO = "auto"
 WITHOUT_GPU: dict[str, Any] = {"zero_stage": 2, "tokens_per_row": 4096, "checkpointing": "none"}
@@ -141,15 +142,18 @@ class TrainSettings(Settings):
             )
         if self.min_workers is not None and self.min_workers > self.workers:
             raise ValueError(f"min_workers {self.min_workers} is above workers {self.workers}")
-        if self.lora and not available():
+        if self.lora and find_spec("peft") is None:
             raise ValueError("lora needs peft: pip install 'llava-workflow[lora]', or set lora=false")
         self._refuse_attention()
         if self.compile and self.zero_stage == 3:
             raise ValueError(
                 "compile does not go with zero_stage 3, which swaps weights in a layer: set one back"
             )
-        if self.fused_loss and not can_fuse_loss():
-            raise ValueError("fused_loss needs torch 2.13 or newer: upgrade, or set fused_loss=false")
+        if self.fused_loss:
+            from llava.training.memory import can_fuse_loss
+
+            if not can_fuse_loss():
+                raise ValueError("fused_loss needs torch 2.13 or newer: upgrade, or set fused_loss=false")
         if self.deepspeed_config is not None and self.zero_stage == 0:
             raise ValueError(
                 "deepspeed_config is given, but zero_stage 0 is plain torch: set zero_stage 1 to 3"
@@ -158,6 +162,10 @@ class TrainSettings(Settings):
         return self
 
     def _refuse_attention(self) -> None:
+        if self.attention == AUTO:
+            return
+        from llava.attention import packing_attention
+
         try:
             packing_attention(self.attention)
         except RefusedInput as error:
@@ -187,6 +195,8 @@ class TrainSettings(Settings):
             return "frozen"
         return "lora" if self.lora else "full"
 
-    def adapters(self) -> Lora:
+    def adapters(self) -> "Lora":
         """LoRA's shape."""
+        from llava.lora import Lora
+
         return Lora(self.lora_rank, self.lora_alpha, self.lora_dropout)

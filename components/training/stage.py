@@ -15,14 +15,11 @@ from components.contract import Artifact, Component, Job, Workspace, refusals
 from components.ray_cluster.connection import require_unless_made
 from components.training import auto, checkpoints, data, train_fn
 from components.training.board import ProgressClient, start_progress_actor
-from components.training.data import INDEX, extra_sources, measure
+from components.training.data import INDEX, MODEL, extra_sources, measure
 from components.training.progress import Watcher
 from components.training.record import HISTORY, MetricLog
-from components.training.run import MODEL
 from components.training.settings import TrainSettings
 from components.training.task import Task
-from components.training.worker import environment
-from llava import model as models
 from llava.data.jsonl import from_jsonl
 from llava.data.plan import Coverage, SampleIndex
 from llava.errors import BudgetReached, LlavaError, Preempted, RefusedInput, Terminated
@@ -82,6 +79,8 @@ class TrainingStage(Component):
 
 def _choose(job: Job[Any], coverage: Coverage, training: Training) -> None:
     """Settings without `auto`; what was chosen is told and noted."""
+    from llava import model as models
+
     config = models.load_config(job.inputs["model"].local(MODEL))
     models.check_packing(config, job.settings.max_length)
     try:
@@ -160,7 +159,7 @@ def _trainer(job: Job[Any], task: Task) -> Any:
             storage_path=f"{base}/checkpoints/ray",
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=settings.max_restarts),
-            worker_runtime_env={"env_vars": environment(settings.cpus_per_worker, settings.gpu)},
+            worker_runtime_env={"env_vars": train_fn.environment(settings.cpus_per_worker, settings.gpu)},
         ),
     )
 

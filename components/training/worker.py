@@ -1,6 +1,5 @@
 """One worker's life: build the model, find the newest checkpoint, train, write the model."""
 
-import os
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -12,10 +11,10 @@ from torch import nn
 
 from components.contract import StoreError
 from components.training.board import ProgressClient
-from components.training.data import HELD_OUT_INDEX, INDEX, open_all, source_of
+from components.training.data import HELD_OUT_INDEX, INDEX, MODEL, open_all, source_of
 from components.training.deepspeed_engine import DeepSpeedEngine, prepare_environment
 from components.training.observers.base import RunState
-from components.training.run import MODEL, Run, observers_of
+from components.training.run import Run, observers_of
 from components.training.settings import TrainSettings
 from components.training.task import Task
 from components.training.utilisation import utilisation
@@ -152,15 +151,3 @@ def _engine(
     if settings.zero_stage == 0:
         return PlainEngine(module, adamw, settings.gradient_clipping)
     return DeepSpeedEngine(module, adamw, deepspeed, collator.blank_row())
-
-
-def environment(threads: int, gpu: bool) -> dict[str, str]:
-    """Environment of every worker process, set before it starts."""
-    extensions = os.environ.get("TORCH_EXTENSIONS_DIR")
-    return {
-        "OMP_NUM_THREADS": str(threads),
-        "DS_ACCELERATOR": "cuda" if gpu else "cpu",
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-        **({"TORCH_EXTENSIONS_DIR": extensions} if extensions else {}),
-    }

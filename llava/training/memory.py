@@ -1,7 +1,7 @@
 """Memory against speed, without another result: what is kept for the backward pass, and compiled layers."""
 
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -9,9 +9,8 @@ from torch.utils import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
 
 from llava.attention import PACKING
+from llava.choices import Checkpointing
 from llava.model import LlavaForTraining
-
-Checkpointing = Literal["none", "selective", "full"]
 
 _KEPT = (
     "mm",

@@ -9,8 +9,9 @@ from PIL import Image
 from transformers import AutoProcessor, CLIPImageProcessorPil, LlavaImageProcessorPil
 
 from llava import model as models
+from llava.choices import Fit
 from llava.generate import pixel_values
-from llava.pixels import Fit, Pixels
+from llava.pixels import Pixels
 from tests.support.tiny_llava import tiny_llava
 
 

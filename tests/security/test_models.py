@@ -143,12 +143,12 @@ def trapped(folder: Path, mark: Path) -> Path:
 @pytest.fixture
 def towers(tmp_path: Path) -> dict[str, Path]:
     """The tiny towers, each in a folder of its own with `auto_map` in every file."""
-    from components.backbones import tiny
+    from components.backbones import shipped
 
     found = {}
-    for name in (tiny.VISION, tiny.LANGUAGE):
+    for name in (shipped.VISION, shipped.LANGUAGE):
         found[name] = tmp_path / name
-        shutil.copytree(tiny.TOWERS / name, found[name])
+        shutil.copytree(shipped.TOWERS / name, found[name])
         trapped(found[name], tmp_path / "ran")
     return found
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from components.contract import Job
 from components.instruct.llm.asking import Tally, budget_of
@@ -13,6 +11,9 @@ from components.instruct.llm.filtering import FilterVerdict, Reject, share_rejec
 from components.instruct.llm.limits import Tokens
 from components.instruct.llm.prompts import Prompts
 from components.instruct.settings import InstructSettings
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SHOWN_OF_EACH = 5
 SHOWN_LENGTH = 2000
@@ -57,6 +58,8 @@ def report_teacher(
 
 def reject_plot(samples: Counter[str], pairs: Counter[str], words: dict[str, list[int]]) -> Figure:
     """Bars: what was rejected and why; lines: how long the answers are that were taken."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(14, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
     reasons = [reason for reason, _ in (samples + pairs).most_common()][::-1]

@@ -8,7 +8,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from components import tiny_world
-from components.backbones import language, tiny, vision
+from components.backbones import language, shipped, tiny, vision
 from components.backbones.tokenizer import train_tokenizer
 
 FILE_LIMIT = 512 * 1024
@@ -17,15 +17,15 @@ ALL_LIMIT = 4_000_000
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(tiny.TOWERS / tiny.LANGUAGE, local_files_only=True)
+    return AutoTokenizer.from_pretrained(shipped.TOWERS / shipped.LANGUAGE, local_files_only=True)
 
 
 def test_the_record_tells_what_the_shipped_towers_can_do():
     """Other held-out scenes than the recorded ones: figures differ by chance, not by more."""
     torch.manual_seed(0)
-    recorded = json.loads((tiny.TOWERS / tiny.RECORD).read_text())
-    gates = tiny.measure(tiny.TOWERS, seed=7, scenes=120)
-    for name in tiny.GATED:
+    recorded = json.loads((shipped.TOWERS / shipped.RECORD).read_text())
+    gates = tiny.measure(shipped.TOWERS, seed=7, scenes=120)
+    for name in shipped.GATED:
         assert gates[name] == pytest.approx(recorded["gates"][name], abs=6), name
         if "patches" in name:
             assert min(gates[name], recorded["gates"][name]) >= tiny.GATE
@@ -33,7 +33,7 @@ def test_the_record_tells_what_the_shipped_towers_can_do():
 
 
 def test_shipped_files_are_small():
-    sizes = {path.name: path.stat().st_size for path in tiny.TOWERS.rglob("*") if path.is_file()}
+    sizes = {path.name: path.stat().st_size for path in shipped.TOWERS.rglob("*") if path.is_file()}
     assert {name: size for name, size in sizes.items() if size >= FILE_LIMIT} == {}
     assert sum(sizes.values()) <= ALL_LIMIT
 
@@ -96,7 +96,7 @@ def test_the_language_model_reads_only_about_scenes_of_its_split():
 
 def test_pixels_are_what_the_shipped_image_processor_makes():
     processor = AutoImageProcessor.from_pretrained(
-        tiny.TOWERS / tiny.VISION, local_files_only=True, backend="pil"
+        shipped.TOWERS / shipped.VISION, local_files_only=True, backend="pil"
     )
     rng = random.Random(0)
     picture = vision.picture(tiny_world.arrange(rng), rng)

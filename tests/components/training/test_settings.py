@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llava import lora
+from components.training import settings
 from llava.errors import RefusedInput
 from workflows import config
 
@@ -85,5 +85,5 @@ def test_a_deepspeed_json_adds_what_ours_leaves_open(tmp_path: Path) -> None:
 
 
 def test_lora_without_peft_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lora, "find_spec", lambda name: None)
+    monkeypatch.setattr(settings, "find_spec", lambda name: None)
     assert "pip install 'llava-workflow[lora]'" in refusal("finetune.lora=true")

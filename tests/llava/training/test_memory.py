@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from llava.choices import Checkpointing
 from llava.training import memory
 from tests.support.mixed_batches import TrainingParts, pieces
 from tests.support.training import make_world
@@ -55,7 +56,7 @@ def test_activations_computed_again_give_the_very_same_gradients(
     loss, expected, plain = gradients(world, lambda made: None, stage)
     products, elementwise = {}, {}
 
-    def saving(how: memory.Checkpointing) -> Callable[[TrainingParts], None]:
+    def saving(how: Checkpointing) -> Callable[[TrainingParts], None]:
         return lambda made: memory.checkpoint_activations(language_model(made), how)
 
     for how in ("selective", "full"):
