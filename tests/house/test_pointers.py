@@ -47,8 +47,19 @@ def files() -> tuple[PurePosixPath, ...]:
     return tuple(PurePosixPath(name) for name in listed if (REPOSITORY / name).is_file())
 
 
-def texts(path: PurePosixPath) -> Iterator[str]:
+@cache
+def names() -> tuple[str, ...]:
+    """`files` as they are written."""
+    return tuple(path.as_posix() for path in files())
+
+
+@cache
+def texts(path: PurePosixPath) -> tuple[str, ...]:
     """What of a file is written for people."""
+    return tuple(_texts(path))
+
+
+def _texts(path: PurePosixPath) -> Iterator[str]:
     if path.suffix == ".py":
         source = (REPOSITORY / path).read_text()
         tokens = tokenize.generate_tokens(io.StringIO(source).readline)
@@ -74,15 +85,20 @@ def is_there(path: PurePosixPath, named: str) -> bool:
     """Whether what `path` names is in the repository: from its own folder, in full, or by the end of its path."""
     if (REPOSITORY / path.parent / named).resolve().exists() or (REPOSITORY / named).exists():
         return True
-    return any(one.as_posix().endswith(f"/{named}") for one in files())
+    return any(name.endswith(f"/{named}") for name in names())
 
 
-def pointers(pattern: re.Pattern[str]) -> Iterator[tuple[PurePosixPath, Any]]:
+@cache
+def pointers(pattern: re.Pattern[str]) -> tuple[tuple[PurePosixPath, Any], ...]:
     """(who points, at what), in every text of the repository but this one, whose examples are none."""
-    for path in files():
-        for text in () if path.name == PurePosixPath(__file__).name else texts(path):
-            for named in pattern.findall(text):
-                yield path, named
+    own = PurePosixPath(__file__).name
+    return tuple(
+        (path, named)
+        for path in files()
+        if path.name != own
+        for text in texts(path)
+        for named in pattern.findall(text)
+    )
 
 
 def made_by_recipes() -> set[str]:

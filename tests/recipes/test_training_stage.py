@@ -51,6 +51,22 @@ def test_its_code_is_clean(followed: Path) -> None:
     lint(followed, *RECIPE.new, *RECIPE.changes)
 
 
+def test_estimate_knows_it_and_its_mistakes_are_told_with_those_of_the_others(
+    followed: Path, tmp_path: Path
+) -> None:
+    done = run(followed, "-c", LLAVA, "estimate", "tiny", "--gpus", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    stages = json.loads(done.stdout)["stages"]
+    assert list(stages) == ["pretrain", "align", "finetune"]
+    assert stages["align"]["training"] == "frozen"
+    wrong = ["--set", "shard.source=coco", "--set", f"shard.path={tmp_path}/none", "--set", "align.gpu=true"]
+    done = run(followed, "-c", LLAVA, "align", "tiny", *OWN, *wrong, "--root", str(tmp_path / "root"))
+    assert (
+        done.returncode == 2 and "2 mistakes" in done.stderr and "align: 1 workers take 1 GPU" in done.stderr
+    ), done.stderr
+
+
+@pytest.mark.drill
 def test_it_is_planned_between_the_stages_and_trains_the_projector_alone(
     made: tuple[Path, dict[str, Any]],
 ) -> None:
@@ -63,10 +79,12 @@ def test_it_is_planned_between_the_stages_and_trains_the_projector_alone(
     assert align.manifest.metrics["train/steps"] >= 1
 
 
+@pytest.mark.drill
 def test_it_is_found_again(followed: Path, made: tuple[Path, dict[str, Any]]) -> None:
     assert "align" in finetune(followed, made[0])["reused"]
 
 
+@pytest.mark.drill
 def test_code_that_does_not_know_the_stage_finds_its_artifacts(made: tuple[Path, dict[str, Any]]) -> None:
     root, summary = made
     store = open_store(root)
@@ -78,15 +96,9 @@ def test_code_that_does_not_know_the_stage_finds_its_artifacts(made: tuple[Path,
     assert f"align/{align.digest[:16]}" in artifact_folders(store)
 
 
-def test_prune_and_estimate_know_it(
-    followed: Path, made: tuple[Path, dict[str, Any]], tmp_path: Path
-) -> None:
+@pytest.mark.drill
+def test_prune_knows_it(followed: Path, made: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     root = shutil.copytree(made[0], tmp_path / "root")
     done = run(followed, "-c", LLAVA, "prune", "--root", str(root), "--fresh", "0")
     assert done.returncode == 0, done.stderr
     assert "/align/" in done.stdout + done.stderr
-    done = run(followed, "-c", LLAVA, "estimate", "tiny", "--gpus", "1", "--json")
-    assert done.returncode == 0, done.stderr
-    stages = json.loads(done.stdout)["stages"]
-    assert list(stages) == ["pretrain", "align", "finetune"]
-    assert stages["align"]["training"] == "frozen"

@@ -41,6 +41,8 @@ ENDLESS = {
     "a macro that calls itself": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
     "brackets": ("{{ " + "(" * 20_000, "failed|not done|process"),
 }
+EACH = ("loops", "a repeated text", "a long text", "brackets")
+"""One of each way in which it is stopped: by time, by memory, by length, by what it is; the others are drills."""
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +50,10 @@ def short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendering, "SECONDS", 2)
 
 
-@pytest.mark.parametrize("name", ENDLESS)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in EACH else pytest.param(name, marks=pytest.mark.drill) for name in ENDLESS],
+)
 def test_a_template_without_end_is_refused_in_one_line(name: str) -> None:
     source, reason = ENDLESS[name]
     tokenizer = byte_tokenizer()

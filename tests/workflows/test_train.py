@@ -186,6 +186,7 @@ def test_questions_about_one_picture_are_refused_before_training(first: tuple[Pa
     assert "pretrain:" not in refused.err
 
 
+@pytest.mark.drill
 def test_an_evaluation_whose_driver_is_killed_goes_on_with_the_batches_that_are_left(
     first: tuple[Path, Run], tmp_path: Path
 ) -> None:

@@ -17,7 +17,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return make_world(tmp_path_factory.mktemp("deepspeed"))
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.drill), 2])
 def test_a_run_moves_from_two_workers_to_one_to_four_and_through_the_zero_stages(
     world: tuple[Path, Path], tmp_path: Path, stage: int
 ) -> None:
@@ -54,7 +54,7 @@ def test_lora_trains_in_zero_as_in_plain_torch_and_resumes_exactly(
     assert torch.equal(again, weights)
 
 
-@pytest.mark.parametrize("zero", [2, 3])
+@pytest.mark.parametrize("zero", [pytest.param(2, marks=pytest.mark.drill), 3])
 def test_saving_memory_changes_nothing_in_zero(world: tuple[Path, Path], zero: int) -> None:
     plain, expected = train_group(world, 1)
     saving, weights = train_group(world, 2, zero=zero, checkpointing="selective", fused=True)

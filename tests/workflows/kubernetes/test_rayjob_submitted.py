@@ -152,10 +152,14 @@ def test_a_refused_job_fails_with_the_workflows_own_status_in_its_log(head: Head
 @pytest.mark.parametrize(
     ("before", "says"),
     [
-        ((), "is not the installed package"),
-        (("env", "-u", "PYTHONPATH"), "driver and workers run different code"),
+        pytest.param((), "is not the installed package", id="driver and workers run the folder"),
+        pytest.param(
+            ("env", "-u", "PYTHONPATH"),
+            "driver and workers run different code",
+            id="only workers run the folder",
+            marks=pytest.mark.drill,
+        ),
     ],
-    ids=["driver and workers run the folder", "only workers run the folder"],
 )
 def test_an_uploaded_folder_that_differs_from_the_installed_package_stops_the_run(
     head: Head, upload: Path, s3_root: str, before: tuple[str, ...], says: str

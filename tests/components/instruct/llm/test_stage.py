@@ -148,6 +148,7 @@ def test_the_key_is_nowhere(told: Told, mlflow_db: str) -> None:
     assert artifact.manifest.run["key_file"] is not None
 
 
+@pytest.mark.drill
 def test_a_storm_and_several_askers_leave_the_same_samples(
     run_in: Any, told: Told, photos: Artifact, teacher: TeacherServer, key_file: str
 ) -> None:
