@@ -19,7 +19,7 @@ create() {
 
 # S3: SeaweedFS takes them as its only keys, every pod of the workflow uses them.
 printf 'AWS_ACCESS_KEY_ID=llava\nAWS_SECRET_ACCESS_KEY=%s\n' "$(random)" | create llava-s3 "$@"
-# MLflow: the administrator that its first start makes, and whom the workflow logs in as.
+# MLflow: the user as whom the workflow logs in.
 printf 'MLFLOW_TRACKING_USERNAME=llava\nMLFLOW_TRACKING_PASSWORD=%s\n' "$(random)" | create llava-mlflow "$@"
-# MLflow's server: its database, and what signs the sessions of browsers.
-printf 'POSTGRES_PASSWORD=%s\nSESSION_KEY=%s\n' "$(random)" "$(random)" | create llava-mlflow-server "$@"
+# MLflow's server: its database, what signs the sessions of browsers, and its administrator.
+printf 'POSTGRES_PASSWORD=%s\nSESSION_KEY=%s\nADMIN_PASSWORD=%s\n' "$(random)" "$(random)" "$(random)" | create llava-mlflow-server "$@"

@@ -11,6 +11,8 @@ from typer.main import get_command
 
 from components.contract import refuse_secrets
 from llava.errors import LlavaError
+from tests.support.kubernetes import trust
+from tests.support.kubernetes.reading import containers, quantity, ray_clusters
 from tests.support.kubernetes.rendering import Object, of_kind, pod_specs, pods, strings
 from tests.support.repository import REPOSITORY
 from workflows import cli
@@ -25,7 +27,6 @@ SUBMITTERS = {"matchExpressions": [{"key": "ray.io/originated-from-cr-name", "op
 STOP_WAITS = {"RAY_JOB_STOP_WAIT_TIME_S": 3, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": 30}
 """How long Ray waits before it kills a stopped job, and the processes of a node that got SIGTERM; and its defaults."""
 _SECRET_NAME = re.compile(r"(password|secret|token|_key|credential)", re.I)
-_UNITS = {"m": 1e-3, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "": 1}
 
 Breaches = Iterator[str]
 
@@ -50,7 +51,7 @@ def every_pod_is_restricted(objects: list[Object]) -> Breaches:
             "name",
         }
         yield from (f"{place}: volume {v['name']}" for v in pod.get("volumes", []) if not set(v) <= allowed)
-        for container in _containers(pod):
+        for container in containers(pod):
             yield from _unrestricted(f"{place}/{container['name']}", container)
     for each, cluster in ray_clusters(objects):
         if cluster.get("enableInTreeAutoscaling"):
@@ -69,7 +70,7 @@ def _unrestricted(place: str, container: Object) -> Breaches:
 
 def every_container_has_requests_and_limits(objects: list[Object]) -> Breaches:
     """cpu and memory, both ways; memory the same or more as a limit; devices in equal number."""
-    everywhere = [(f"{p}/{c['name']}", c) for p, pod in pods(objects) for c in _containers(pod)]
+    everywhere = [(f"{p}/{c['name']}", c) for p, pod in pods(objects) for c in containers(pod)]
     for each, cluster in ray_clusters(objects):
         if cluster.get("enableInTreeAutoscaling"):
             everywhere.append((f"{each}: autoscaler", cluster.get("autoscalerOptions", {})))
@@ -99,7 +100,7 @@ def no_secret_in_clear(objects: list[Object]) -> Breaches:
                 if re.search(r"password\s*=\s*\S", text, re.I):
                     yield f"{place}: a password"
     for place, pod in pods(objects):
-        for container in _containers(pod):
+        for container in containers(pod):
             for variable in container.get("env", []):
                 if "value" in variable and _SECRET_NAME.search(variable["name"]):
                     yield f"{place}/{container['name']}: {variable['name']} has a value"
@@ -149,7 +150,7 @@ def every_port_is_covered(objects: list[Object]) -> Breaches:
                 yield f"{place}: port {port} is open to {found}"
     for each in of_kind(objects, "StatefulSet", "Deployment"):
         template = each["spec"]["template"]
-        for container in _containers(template["spec"]):
+        for container in containers(template["spec"]):
             for port in container.get("ports", []):
                 if not _may_reach(policies, template["metadata"]["labels"], port["containerPort"]):
                     yield f"{each['kind']}/{each['metadata']['name']}: nobody reaches port {port['containerPort']}"
@@ -242,7 +243,7 @@ def a_run_that_is_stopped_has_time_to_save(objects: list[Object]) -> Breaches:
         cluster = job["spec"]["rayClusterSpec"]
         groups = {group["groupName"]: group["template"]["spec"] for group in cluster["workerGroupSpecs"]}
         training = {
-            name: pod for name, pod in groups.items() if any(map(_has_gpus, _containers(pod)))
+            name: pod for name, pod in groups.items() if any(map(_has_gpus, containers(pod)))
         } or groups
         for name, pod in {"head": cluster["headGroupSpec"]["template"]["spec"], **training}.items():
             if (given := pod.get("terminationGracePeriodSeconds", 30)) <= max(waits.values()):
@@ -286,7 +287,7 @@ def names_fit_and_references_lead_somewhere(objects: list[Object]) -> Breaches:
         wanted += [
             ("ConfigMap", _unless_optional(volume.get("configMap"))) for volume in pod.get("volumes", [])
         ]
-        for container in _containers(pod):
+        for container in containers(pod):
             wanted += [
                 ("ConfigMap", _unless_optional(e.get("configMapRef"))) for e in container.get("envFrom", [])
             ]
@@ -332,7 +333,7 @@ def _pod_sets(job: Object) -> Iterator[dict[str, float]]:
     groups = [(1, job["spec"]["submitterPodTemplate"]), (1, spec["headGroupSpec"]["template"])]
     for count, template in [*groups, *((g["replicas"], g["template"]) for g in spec["workerGroupSpecs"])]:
         total: dict[str, float] = {}
-        for container in _containers(template["spec"]):
+        for container in containers(template["spec"]):
             for name, amount in container["resources"]["requests"].items():
                 total[name] = total.get(name, 0) + count * quantity(amount)
         yield total
@@ -379,7 +380,7 @@ def llava_commands(objects: list[Object]) -> list[list[str]]:
     found = [shlex.split(job["spec"]["entrypoint"]) for job in of_kind(objects, "RayJob")]
     for each in objects:
         for _, pod in pod_specs(each):
-            found += [c["command"] + c.get("args", []) for c in _containers(pod) if "command" in c]
+            found += [c["command"] + c.get("args", []) for c in containers(pod) if "command" in c]
     return [words for words in found if words[0] == "llava"]
 
 
@@ -392,14 +393,14 @@ def settings_are_read_by_somebody(objects: list[Object]) -> Breaches:
     )
     names = {key for each in of_kind(objects, "ConfigMap") for key in each["data"]}
     for _, pod in pods(objects):
-        names |= {variable["name"] for c in _containers(pod) for variable in c.get("env", [])}
+        names |= {variable["name"] for c in containers(pod) for variable in c.get("env", [])}
     yield from (name for name in names if name.startswith("LLAVA_") and f'"{name}"' not in code)
 
 
 def images_are_digests(objects: list[Object]) -> Breaches:
     """For clusters that matter: what runs is what was looked at."""
     for place, pod in pods(objects):
-        for container in _containers(pod):
+        for container in containers(pod):
             if not re.fullmatch(r"\S+@sha256:[0-9a-f]{64}", container["image"]):
                 yield f"{place}/{container['name']}: {container['image']}"
 
@@ -418,20 +419,5 @@ EVERYWHERE: list[Callable[[list[Object]], Breaches]] = [
     commands_are_our_own,
     config_keys_are_known,
     settings_are_read_by_somebody,
+    *trust.TRUST,
 ]
-
-
-def ray_clusters(objects: list[Object]) -> Iterator[tuple[str, Object]]:
-    """Every Ray cluster's spec, of RayJobs and RayClusters, with its place."""
-    for each in of_kind(objects, "RayJob", "RayCluster"):
-        yield f"{each['kind']}/{each['metadata']['name']}", each["spec"].get("rayClusterSpec", each["spec"])
-
-
-def quantity(value: Any) -> float:
-    """Kubernetes' 500m, 8Gi, 4 as a number."""
-    number, unit = re.fullmatch(r"([\d.]+)(m|[KMG]i|)", str(value)).groups()  # type: ignore[union-attr]
-    return float(number) * _UNITS[unit]
-
-
-def _containers(pod: Object) -> list[Object]:
-    return [*pod.get("initContainers", []), *pod["containers"]]

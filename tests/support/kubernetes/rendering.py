@@ -27,6 +27,7 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     **{name: (f"overlays/{name}", []) for name in OVERLAYS},
     **{f"base+{name}": ("base", [f"components/{name}"]) for name in COMPONENTS},
     "prod+everything": ("base", EVERYTHING),
+    "prod+services": ("overlays/prod", ["components/s3", "components/mlflow"]),
 }
 """Name -> what is built, and the components on it; paths inside k8s/."""
 
