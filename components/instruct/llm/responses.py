@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from components.contract import Folder
 from components.instruct.llm.limits import Tokens
+from llava.data.parquet_files import read_parquet
 
 RESPONSES = "responses"
 ANSWERED = 200
@@ -209,7 +210,7 @@ def _files(
     while True:
         for key in [key for key in keys() if key not in seen]:
             try:
-                table = pq.read_table(io.BytesIO(folder.read(key)), columns=list(names))
+                table = read_parquet(folder.read(key), f"{folder.uri}/{key}", list(names))
             except FileNotFoundError:
                 if key in gone:  # and still listed
                     raise

@@ -25,7 +25,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from components.contract.store import RefusedFile, Store
-from components.datasets.footers import check_footers
 from components.shard.source_settings import SourceSettings
 from components.shard.sources.base import (
     DataSource,
@@ -45,7 +44,7 @@ from components.shard.sources.base import (
 from components.shard.sources.llava import check_slots, turns_of
 from components.shard.sources.photos import admit, resized
 from components.shard.sources.tars import most_unpacked
-from llava.data.parquet_files import damage_told, open_foreign
+from llava.data.parquet_files import damage_told, open_parquet
 from llava.data.schema import IMAGE_COLUMNS, Row
 from llava.errors import RefusedInput
 
@@ -82,7 +81,6 @@ def check(settings: SourceSettings) -> Columns:
     """The columns of the first file; RefusedInput where one is missing or of no use."""
     store = open_data(settings)
     keys = keys_of(store, settings, ".parquet")
-    check_footers(store, settings.follow_links, keys[:1])
     with opened(store, keys[0]) as file:
         return columns_of(settings, file.schema_arrow, f"{store.uri}/{keys[0]}")
 
@@ -91,7 +89,6 @@ def listing(settings: SourceSettings) -> Listing:
     """The row groups of all files, in the order of their names."""
     store = open_data(settings)
     columns, keys = check(settings), keys_of(store, settings, ".parquet")
-    check_footers(store, settings.follow_links, keys)
     return list_groups(settings, store, keys, columns)
 
 
@@ -324,13 +321,8 @@ def _is_text(kind: pa.DataType) -> bool:
 def opened(store: Store, key: str) -> Iterator[pq.ParquetFile]:
     """The file, to read with little memory; RefusedInput where it is none."""
     where = f"{store.uri}/{key}"
-    with (
-        damage_told(where),
-        store.open(key) as source,
-        open_foreign(
-            source, where, buffer_size=2**20, pre_buffer=False, page_checksum_verification=True
-        ) as file,
-    ):
+    how = {"buffer_size": 2**20, "pre_buffer": False, "page_checksum_verification": True}
+    with damage_told(where), store.open(key) as source, open_parquet(source, where, **how) as file:
         yield file
 
 

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from components.contract.store import Store
-from components.datasets.footers import check_footers
 from components.shard.source_settings import SourceSettings
 from components.shard.sources import parquet
 from components.shard.sources.base import (
@@ -65,7 +64,6 @@ def check(settings: SourceSettings) -> parquet.Columns | None:
     if _tars(store, settings):
         return None
     keys = parquet.keys_of(store, settings, ".parquet")
-    check_footers(store, settings.follow_links, keys)
     return _columns(store, keys)
 
 
@@ -81,7 +79,6 @@ def listing(settings: SourceSettings) -> Listing:
         refused = [one for one in store.refused() if _is_tar(one.key, settings)]
         return Listing(files, sizes=sizes, exact=False, marks=marks, refused=refused)
     named = parquet.keys_of(store, settings, ".parquet")
-    check_footers(store, settings.follow_links, named)
     keys = [key for key in named if _has_pictures(store, key)]
     return parquet.list_groups(settings, store, keys, _columns(store, keys))
 
