@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import zipfile
@@ -9,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from pydantic import ValidationError
@@ -17,6 +20,7 @@ from components.contract import Manifest, Settings, open_store, read_artifact
 from components.contract.runner import RUN
 from components.evaluate.contamination import _lineage
 from components.finetune import FinetuneSettings
+from components.instruct.llm.responses import SCHEMA, stored
 from components.register import Register, RegisterSettings, dataset_digest
 from components.scoring.benchmarks import find
 from components.scoring.outcomes import outcomes
@@ -184,13 +188,46 @@ def test_a_picture_of_an_answers_file_is_opened_with_care(tmp_path: Path) -> Non
     look = in_folder(tmp_path / "images")
 
     def found(name: str) -> Any:
-        import dataclasses
-
         return look("pope", dataclasses.replace(unit, image=name))
 
     assert found("good").size == (8, 8)
     for name in ("bad", "bad.jpg", "../outside", "missing", "x" * 5000, "\0", ""):
         assert found(name) is None
+
+
+SOUND: dict[str, Any] = {"digest": "ab" * 32, "photo": "p", "type": "detail", "shard": 0, "status": 200, "body": "{}",
+                         "prompt_tokens": 3, "completion_tokens": 4, "seconds": 0.5}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt_tokens": -5},
+        {"completion_tokens": 2**62},
+        {"prompt_tokens": None},
+        {"digest": "no hex"},
+        {"digest": None},
+        {"status": None},
+    ],
+)
+def test_stored_responses_cannot_lower_or_break_the_budget(change: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "responses").mkdir()
+    path = tmp_path / "responses" / "00000-00000-ab.parquet"
+    for row in (SOUND, SOUND | change):
+        pq.write_table(pa.table({name: [value] for name, value in row.items()}, SCHEMA), path)
+        if row == SOUND:
+            assert stored(open_store(tmp_path)).tokens == (3, 4)
+    with pytest.raises(RefusedInput, match=r"00000-00000-ab\.parquet: no responses that can be read again"):
+        stored(open_store(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["digest", "prompt_tokens"])
+def test_stored_responses_have_their_columns(name: str, tmp_path: Path) -> None:
+    (tmp_path / "responses").mkdir()
+    path = tmp_path / "responses" / "00000-00000-ab.parquet"
+    pq.write_table(pa.table({key: [value] for key, value in SOUND.items() if key != name}), path)
+    with pytest.raises(RefusedInput, match="no responses that can be read again"):
+        stored(open_store(tmp_path))
 
 
 def test_links_of_a_further_dataset_follow_the_rule(tmp_path: Path) -> None:
