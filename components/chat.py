@@ -13,7 +13,6 @@ and nowhere else: bodies are given without it, since an endpoint may echo its re
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import math
 import random
@@ -24,6 +23,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any, Self, TypeGuard
 
 from components.contract import without_secret
+from llava.data.jsonl import from_json
 from llava.errors import RefusedInput
 
 CONNECT_SECONDS = 5.0
@@ -123,10 +123,7 @@ class Chat:
 
 def parsed(body: str) -> Any:
     """The JSON of a body. Raises `ValueError` for what is none, however deep it is."""
-    try:
-        return json.loads(body)
-    except RecursionError:
-        raise ValueError("too deep") from None
+    return from_json(body)
 
 
 def counted(usage: Any) -> tuple[int, int] | None:

@@ -41,7 +41,7 @@ from components.registry import (
 )
 from components.scoring.gate import GateSettings, under_floors
 from components.scoring.gate import decide as gate
-from components.scoring.outcomes import comparable, outcomes
+from components.scoring.outcomes import comparable, exams_of, outcomes
 from components.scoring.paired import Comparison, OtherQuestions
 from components.scoring.table import scores_table
 from llava.errors import RefusedInput
@@ -83,11 +83,7 @@ class Register(Component):
             raise RefusedInput(
                 f"{evaluation.uri} does not evaluate {model.uri}: run `llava evaluate` on that model"
             )
-        measured = [
-            f"{name}/{score}"
-            for name, exam in evaluation.manifest.notes.get("exams", {}).items()
-            for score in exam["scores"]
-        ]
+        measured = [f"{name}/{score}" for name, exam in exams_of(evaluation).items() for score in exam.scores]
         for name in (*settings.benchmarks, *settings.floors):
             if name not in measured:
                 key = "benchmarks" if name in settings.benchmarks else "floors"
@@ -132,9 +128,9 @@ class Register(Component):
 
     def still_stands(self, artifact: Artifact, workspace: Workspace) -> bool:
         """Whether the version exists in the workspace's registry and points to the folder that it pointed to."""
-        model = artifact.manifest.notes["model"]
-        found = Registry(workspace.tracking.uri).by_version(model["name"], model["version"])
-        return found is not None and found.source == model["source"]
+        model: dict[str, str] = artifact.note("model", dict[str, str])
+        found = Registry(workspace.tracking.uri).by_version(model.get("name", ""), model.get("version", ""))
+        return found is not None and found.source == model.get("source")
 
 
 def champion_model(settings: RegisterSettings, workspace: Workspace, evaluation: Artifact) -> Artifact | None:
@@ -274,7 +270,10 @@ def dataset_digest(manifest: Manifest) -> str:
     beside = {name: digest for name, digest in manifest.external.items() if name.startswith("extra ")}
     if not beside:
         return first
-    weights = [one.get("weight", 1.0) for one in manifest.recipe.get("extra", [])]
+    extra = manifest.recipe.get("extra", [])
+    weights = (
+        [one.get("weight", 1.0) for one in extra if isinstance(one, dict)] if isinstance(extra, list) else []
+    )
     return sha256_of(
         [first, sorted([digest, weight] for digest, weight in zip(beside.values(), weights, strict=False))]
     )

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator
+from pydantic import BaseModel, Field, create_model, field_validator
 
-from components.contract import refuse_secrets
+from components.contract import Settings, refuse_secrets
 from llava.errors import RefusedInput
 from llava.estimate import Corpus
 from workflows import config_files
@@ -26,10 +26,8 @@ _SECRET = re.compile(
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
-class Expected(BaseModel):
+class Expected(Settings):
     """What a stage's data will hold, as means over its samples: for `llava estimate`, before the data is sharded."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     samples: int = Field(gt=0, description="How many there are")
     text_tokens: float = Field(gt=0, description="Tokens of a sample, those of its picture left out")
@@ -41,10 +39,8 @@ class Expected(BaseModel):
         return Corpus(self.samples, self.text_tokens, self.supervised_tokens, self.images, epochs)
 
 
-class RetrainSettings(BaseModel):
+class RetrainSettings(Settings):
     """How new data is taken in; read by `llava retrain` alone."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     start: Literal["pretrain", "champion"] = Field(
         "pretrain",
@@ -67,10 +63,8 @@ class RetrainSettings(BaseModel):
     )
 
 
-class WorkflowConfig(BaseModel):
+class WorkflowConfig(Settings):
     """What the workflow itself is told; beside it stands a section per stage (`sections`), as `finetune.epochs`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", description="Of the MLflow experiment")
     retrain: RetrainSettings = Field(RetrainSettings(), description="How `llava retrain` takes new data in")

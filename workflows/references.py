@@ -5,7 +5,6 @@ An artifact is known by its digest, never by a name: another registry may well h
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 
 import pydantic
@@ -13,6 +12,7 @@ from pydantic import Field
 
 from components.contract import RUN, Artifact, Folder, Line, Store
 from components.registry import EVALUATION_DIGEST, MODEL_DIGEST, Registry, Version
+from llava.data.jsonl import from_json
 from llava.errors import RefusedInput
 from workflows.retraining import records
 
@@ -53,7 +53,7 @@ def unfinished_inputs(folder: Folder) -> list[str]:
     """Digests of what an unfinished artifact is made from, as far as its record tells."""
     found = folder.fetch(RUN, records.LARGEST)
     try:
-        told = json.loads(found[0])["made_from"] if found else []
+        told = from_json(found[0])["made_from"] if found else []
     except (ValueError, TypeError, KeyError):
         return []
     return [one for one in told if isinstance(one, str)] if isinstance(told, list) else []

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from components.contract import Artifact, Workspace, open_store, read_artifact, say
 from components.scoring.benchmarks import find
+from components.scoring.outcomes import exams_of
 from workflows.stages import last_giving, training_stages
 from workflows.train import Summary
 
@@ -58,8 +59,8 @@ def _evaluation(summary: Summary) -> Artifact | None:
 def _units(summary: Summary) -> dict[str, tuple[str, int]]:
     """Of each exam's scores: unit, and digits behind the point."""
     evaluation = _evaluation(summary)
-    notes = evaluation.manifest.notes["exams"] if evaluation else {}
-    known = {title: find(note["benchmark"]) for title, note in notes.items()}
+    notes = exams_of(evaluation) if evaluation else {}
+    known = {title: find(note.benchmark) for title, note in notes.items()}
     return {title: (benchmark.unit, benchmark.digits) for title, benchmark in known.items()}
 
 
@@ -68,5 +69,5 @@ def _example(summary: Summary) -> tuple[str, str]:
     found = _evaluation(summary)
     if found is None or found.folder.local_path is None:
         return "PHOTO", "What is in the picture?"
-    example = found.manifest.notes["example"]
-    return f"{found.folder.local_path}/{example['picture']}", example["question"]
+    example = found.note("example", dict[str, str])
+    return f"{found.folder.local_path}/{example.get('picture', '')}", example.get("question", "")

@@ -37,7 +37,7 @@ class Summary:
         if outcome.reused:
             self.reused.append(name)
         self.scores |= {name: value for name, value in manifest.metrics.items() if name.startswith("eval/")}
-        self.model = manifest.notes.get("model", self.model)
+        self.model = outcome.artifact.note("model", dict[str, str] | None) or self.model
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""

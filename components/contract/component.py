@@ -21,12 +21,12 @@ from llava.errors import RefusedInput
 
 
 class Settings(pydantic.BaseModel):
-    """The base of every component's settings: frozen, no unknown keys, every field described.
+    """The base of every component's settings: frozen, no unknown keys, finite numbers, every field described.
 
     A field made with `run_field` belongs to the run; all others are the recipe and enter the digest.
     """
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:

@@ -48,6 +48,7 @@ def _one_line(text: str) -> str:
     return text
 
 
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 Line = Annotated[str, Field(max_length=1000), pydantic.AfterValidator(_one_line)]
 """A name or a version: one line that a terminal only shows."""
 
@@ -83,7 +84,7 @@ class Manifest(pydantic.BaseModel):
     inputs: dict[Line, Digest] = {}
     external: dict[Line, Line] = {}
     files: list[FileEntry]
-    metrics: dict[Line, float] = {}
+    metrics: dict[Line, Finite] = {}
     notes: dict[str, Any] = {}
     mlflow_run_id: RunId | None = None
     code: Line
@@ -132,6 +133,13 @@ class Artifact:
     def parquet(self, split: str) -> tuple[str, ...]:
         """The paths of its Parquet files of one split, in their order."""
         return parquet_in((file.path for file in self.manifest.files), split)
+
+    def note(self, name: str, kind: Any) -> Any:
+        """The note `name` of the manifest, which is of the type `kind`. Raises RefusedInput where it is not."""
+        try:
+            return pydantic.TypeAdapter(kind).validate_python(self.manifest.notes.get(name))
+        except pydantic.ValidationError as error:
+            raise _damaged(self.address, error, "notes", name) from None
 
     def local(self, subfolder: str = "") -> Path:
         """The local folder with the artifact's files (those under `subfolder`): its own, or a verified copy.
@@ -201,11 +209,7 @@ def read_artifact(folder: Folder) -> Artifact | None:
     try:
         return Artifact(folder, Manifest.model_validate_json(found[0]))
     except pydantic.ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        where = printable(".".join(str(part) for part in first["loc"])) or "the file"
-        raise RefusedInput(
-            f"{folder.uri}/{MANIFEST} is damaged ({where}: {first['msg']}): {_way_out(folder)}"
-        ) from None
+        raise _damaged(folder, error) from None
 
 
 def find_artifact(digest: str, roots: Iterable[Store]) -> Artifact | None:
@@ -291,6 +295,12 @@ def _changed(folder: Folder, path: str, what: str) -> RefusedInput:
     return RefusedInput(
         f"{folder.uri}: {path} {what}: the artifact changed after it was finished. {_way_out(folder)}"
     )
+
+
+def _damaged(folder: Folder, error: pydantic.ValidationError, *inside: str) -> RefusedInput:
+    first = error.errors(include_input=False, include_url=False)[0]
+    where = printable(".".join(str(part) for part in (*inside, *first["loc"])))[:200] or "the file"
+    return RefusedInput(f"{folder.uri}/{MANIFEST} is damaged ({where}: {first['msg']}): {_way_out(folder)}")
 
 
 def _way_out(folder: Folder) -> str:

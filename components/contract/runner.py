@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 import tempfile
 import time
@@ -30,6 +31,7 @@ from components.contract.provenance import code_revision, versions
 from components.contract.store import Folder, StoreError
 from components.contract.tracking import PARENT_TAG, TrackedRun, TrackingError
 from components.contract.workspace import Workspace
+from llava.data.jsonl import from_json
 from llava.errors import BudgetReached, LlavaError, Preempted, RefusedInput, Terminated
 
 CHECKPOINTS = "checkpoints"
@@ -192,7 +194,7 @@ def _tracked_run(plan: _Target, lease: leases.Lease) -> TrackedRun:
     tracking, parent = plan.workspace.tracking, plan.workspace.parent
     if found := plan.address.fetch(RUN):
         with contextlib.suppress(LookupError, TypeError, ValueError):
-            run = tracking.resume(json.loads(found[0])["mlflow_run_id"])
+            run = tracking.resume(from_json(found[0])["mlflow_run_id"])
             plan.say(f"going on with {plan.address.uri}")
             return run
     run = tracking.start(plan.component.name, parent)
@@ -240,7 +242,7 @@ def _commit(plan: _Target, job: Job[Any], attempt: str, before: str | None) -> A
         inputs=plan.lineage,
         external=plan.external,
         files=files,
-        metrics=job.metrics,
+        metrics={name: value for name, value in job.metrics.items() if math.isfinite(value)},
         notes=job.notes,
         mlflow_run_id=job.run.id,
         code=code_revision(),

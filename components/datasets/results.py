@@ -7,8 +7,10 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import pydantic
+
 from components.contract.component import Job
-from llava.data.jsonl import to_jsonl
+from llava.data.jsonl import from_json, to_jsonl
 from llava.errors import LlavaError
 
 REFUSED_FILE = "refused.jsonl"
@@ -98,9 +100,16 @@ class ShardResult:
     @classmethod
     def from_json(cls, data: bytes) -> ShardResult:
         """Read back what `to_json` wrote."""
-        value = json.loads(data)
+        value = from_json(data)
         spans = {name: Span(**span) for name, span in value["spans"].items()}
         return cls(**{**value, "counts": Counter(value["counts"]), "spans": spans})
+
+
+class RefusedNote(pydantic.BaseModel):
+    """What a manifest says of the samples that were refused for one reason."""
+
+    count: int = pydantic.Field(ge=0)
+    ids: list[str]
 
 
 class Refusals:

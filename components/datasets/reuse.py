@@ -11,7 +11,6 @@ shard, written after the shard's files.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from components.contract.component import Job
 from components.contract.manifest import ATTEMPTS, MANIFEST
 from components.contract.store import Folder, open_store
 from components.datasets.results import ShardResult
+from llava.data.jsonl import from_json
 
 SHARDS_FILE = "shards.jsonl"
 RECORDS = "checkpoints/shards"
@@ -99,9 +99,11 @@ def _lines(folder: Folder, key: str) -> dict[str, _Line]:
     """The lines of a file, by `made_of`."""
     lines: dict[str, _Line] = {}
     start = 0
-    with suppress(FileNotFoundError, ValueError, KeyError):  # pruned meanwhile, or damaged: made anew
+    with suppress(
+        FileNotFoundError, ValueError, LookupError, TypeError
+    ):  # pruned meanwhile, or damaged: made anew
         for line in folder.read(key).splitlines(keepends=True):
-            if made_of := json.loads(line)["made_of"]:
+            if made_of := from_json(line)["made_of"]:
                 lines[made_of] = _Line(folder.uri, key, start, len(line))
             start += len(line)
     return lines

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import pyarrow.parquet as pq
-
 from components.contract.store import Folder
+from components.datasets.reading import opened
 from components.datasets.results import ShardResult
 from llava.data.schema import Row
 
@@ -12,13 +11,12 @@ from llava.data.schema import Row
 def sample_rows(folder: Folder, result: ShardResult, count: int, split: str = "train") -> list[Row]:
     """Up to `count` rows of a split, spread over its files (from each the first row group)."""
     files = [file["path"] for file in result.files if file["split"] == split]
-    system, base = folder.arrow()
     chosen = files[:: max(1, len(files) // count)][:count] if files else []
     rows: list[Row] = []
     for number, path in enumerate(chosen):
         share = (count - len(rows)) // (len(chosen) - number)
-        with system.open_input_file(f"{base}/{path}") as opened:
-            group = pq.ParquetFile(opened).read_row_group(0)
+        with opened(folder, path) as file:
+            group = file.table(0)
         step = max(1, group.num_rows // max(1, share))
         rows += group.take(list(range(0, group.num_rows, step)[:share])).to_pylist()
     return rows

@@ -11,11 +11,12 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow.parquet as pq
-
-from components.contract import Artifact, Store, find_artifact, open_store, parquet_in, read_artifact
+from components.contract import Artifact, Manifest, Store, find_artifact
+from components.datasets import extra
+from components.datasets.reading import opened
 from components.scoring.outcomes import CONTAMINATION
 from llava.data.schema import IMAGE_COLUMNS
+from llava.errors import RefusedInput
 
 TRAIN = "train"
 
@@ -87,12 +88,12 @@ def _lineage(model: Artifact, stores: Collection[Store]) -> tuple[list[_Files], 
     waiting, seen = [model], {model.digest}
     while waiting:
         manifest = waiting.pop().manifest
-        for uri in (one["uri"] for one in manifest.run.get("extra", ())):
-            extra = _extra(uri)
-            if extra is None:
+        for uri, follow_links in _extras(manifest):
+            further = _extra(uri, follow_links)
+            if further is None:
                 unknown.append(uri)
-            elif extra not in datasets:
-                datasets.append(extra)
+            elif further not in datasets:
+                datasets.append(further)
         for digest in manifest.inputs.values():
             if digest in seen:
                 continue
@@ -107,26 +108,31 @@ def _lineage(model: Artifact, stores: Collection[Store]) -> tuple[list[_Files], 
     return datasets, unknown
 
 
-def _extra(uri: str) -> _Files | None:
-    """A further dataset of a training stage: an artifact, or a folder of Parquet files."""
-    folder = open_store(uri)
-    if artifact := read_artifact(folder):
-        folder, names = artifact.folder, [file.path for file in artifact.manifest.files]
-    else:
-        names = [entry.key for entry in folder.list()]
-    keys = parquet_in(names, TRAIN) or tuple(name for name in names if name.endswith(".parquet"))
-    return _Files(folder, keys) if keys else None
+def _extras(manifest: Manifest) -> list[tuple[str, bool | None]]:
+    """URI of each further dataset of a training stage, and which of its links were followed."""
+    given = manifest.run.get("extra", [])
+    entries = [one if isinstance(one, dict) else {} for one in (given if isinstance(given, list) else [])]
+    found = [(one.get("uri"), one.get("follow_links")) for one in entries]
+    return [
+        (uri, follow if follow in (True, False) else None) for uri, follow in found if isinstance(uri, str)
+    ]
+
+
+def _extra(uri: str, follow_links: bool | None) -> _Files | None:
+    try:
+        found = extra.look(uri, follow_links)
+    except RefusedInput:
+        return None  # what its manifest names may be anything
+    return _Files(found.folder, found.keys) if found.keys else None
 
 
 def _seek(folder: Store, key: str, wanted: frozenset[str]) -> set[str]:
     """Those of `wanted` that are pictures in one Parquet file; memory holds one row group."""
-    filesystem, base = folder.arrow()
     hits: set[str] = set()
-    with pq.ParquetFile(f"{base}/{key}", filesystem=filesystem) as file:
-        columns = [name for name in IMAGE_COLUMNS if name in file.schema_arrow.names]
-        for group in range(file.num_row_groups):
-            table = file.read_row_group(group, columns=columns)
-            for data in {data for name in columns for data in _bytes(table[name])}:
+    with opened(folder, key) as file:
+        for group in range(len(file.groups)):
+            table = file.table(group, IMAGE_COLUMNS)
+            for data in {data for name in table.column_names for data in _bytes(table[name])}:
                 hits |= wanted & {hashlib.sha256(data).hexdigest()}
     return hits
 

@@ -16,11 +16,11 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from components.contract.component import Component, Job
 from components.contract.manifest import Artifact, FileEntry
 from components.contract.store import Folder
+from components.datasets.reading import count_of, opened, rows_of
 from components.datasets.results import Refusals, ShardResult
 from components.datasets.tasks import ShardOutput, ShardTask, run_shards
 from components.filter.choice import Counts, Postings, by_rarity, choose, count, joined, look_up
@@ -28,7 +28,6 @@ from components.filter.phrases import CACHE, Phrases, model_version, reader
 from components.filter.report import PhraseChoice, report
 from components.filter.settings import FilterSettings
 from components.ray_cluster.spread import spread
-from llava.data.schema import read_rows
 from llava.errors import RefusedInput
 
 DATASET = "dataset"
@@ -114,7 +113,7 @@ def _write(
         arguments = (dataset.folder, picked)
         tasks.append(ShardTask(f"train-{part:05d}", part, len(numbers), _write_chosen, arguments))
     for part, file in enumerate(_files(dataset, "heldout")):
-        rows = _open(dataset.folder, file.path).metadata.num_rows
+        rows = count_of(dataset.folder, file.path)
         tasks.append(ShardTask(f"heldout-{part:05d}", part, rows, _copy_heldout, (dataset.folder, file.path)))
     # Nothing is refused here: what is not chosen is counted by the report.
     refusals = Refusals(sum(task.samples for task in tasks), 0.0, "filter")
@@ -124,22 +123,16 @@ def _write(
 def _write_chosen(output: ShardOutput, arguments: tuple[Folder, Sequence[tuple[str, list[int]]]]) -> None:
     folder, picked = arguments
     for key, numbers in picked:
-        file = _open(folder, key)
         wanted, start = np.array(numbers), 0
-        for group in range(file.num_row_groups):
-            end = start + file.metadata.row_group(group).num_rows
-            inside = wanted[(wanted >= start) & (wanted < end)] - start
-            start = end
-            if len(inside):
-                for row in file.read_row_group(group).take(inside).to_pylist():
-                    output.write("train", row)
+        with opened(folder, key) as file:
+            for group, count in enumerate(file.groups):
+                inside = wanted[(wanted >= start) & (wanted < start + count)] - start
+                start += count
+                if len(inside):
+                    for row in file.table(group).take(inside).to_pylist():
+                        output.write("train", row)
 
 
 def _copy_heldout(output: ShardOutput, arguments: tuple[Folder, str]) -> None:
-    for row in read_rows(_open(*arguments)):
+    for row in rows_of(*arguments):
         output.write("heldout", row)
-
-
-def _open(folder: Folder, key: str) -> pq.ParquetFile:
-    system, base = folder.arrow()
-    return pq.ParquetFile(system.open_input_file(f"{base}/{key}"))

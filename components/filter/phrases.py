@@ -20,7 +20,9 @@ import pyarrow.parquet as pq
 from components.contract.digest import sha256_of
 from components.contract.manifest import FileEntry
 from components.contract.store import Folder
+from components.datasets.reading import rows_of
 from components.filter.settings import FilterSettings
+from llava.data.parquet_files import read_parquet
 from llava.data.samples import caption_samples
 from llava.errors import RefusedInput
 
@@ -48,7 +50,7 @@ class Phrases:
         known = {"file": file.sha256, "model": [self.model, self.version], "normalise": self.normalise}
         key = f"{sha256_of({**known, 'rules': _RULES})[:32]}.parquet"
         if found := self.cache.fetch(key):
-            return pq.read_table(io.BytesIO(found[0]))
+            return read_parquet(found[0], f"{self.cache.uri}/{key}")
         made = self._read(file.path)
         pq.write_table(made, buffer := io.BytesIO(), compression="zstd")
         self.cache.write(key, buffer.getvalue())
@@ -124,11 +126,6 @@ def _normal(chunk: Any, normalise: str) -> str:
     return text if normalise == "text" else text.lower()
 
 
-def _texts(dataset: Folder, key: str) -> Iterator[dict[str, Any]]:
+def _texts(dataset: Folder, key: str) -> Iterator[Any]:
     """Rows of one file without pixels: `image` tells only whether there is one."""
-    system, base = dataset.arrow()
-    with system.open_input_file(f"{base}/{key}") as opened:
-        file = pq.ParquetFile(opened)
-        for group in range(file.num_row_groups):
-            columns = ["id", "image.path", "captions", "conversations"]
-            yield from file.read_row_group(group, columns=columns).to_pylist()
+    return rows_of(dataset, key, ["id", "image.path", "captions", "conversations"])

@@ -10,12 +10,11 @@ from collections.abc import Iterator, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-import pyarrow.parquet as pq
-
 from components.contract.component import Component, Job, refusals
 from components.contract.manifest import Artifact
 from components.contract.store import Folder
 from components.contract.workspace import Workspace
+from components.datasets.reading import count_of, rows_of
 from components.datasets.results import Refusals, note_refused
 from components.datasets.tasks import ShardOutput, ShardTask, run_shards
 from components.instruct.llm.checks import VERSION, language_is_known
@@ -25,7 +24,7 @@ from components.instruct.llm.stage import answered_tasks, try_endpoint
 from components.instruct.report import report
 from components.instruct.samples import heldout_row, measure, questions, samples, spread_over_kinds
 from components.instruct.settings import InstructSettings
-from llava.data.schema import TEXT_COLUMNS, Row, read_rows
+from llava.data.schema import TEXT_COLUMNS, Row
 from llava.errors import RefusedInput
 
 DATASET = "dataset"
@@ -101,15 +100,12 @@ def _known_language(settings: InstructSettings) -> None:
 
 
 def _count(folder: Folder, keys: Sequence[str]) -> int:
-    system, base = folder.arrow()
-    return sum(pq.read_metadata(f"{base}/{key}", filesystem=system).num_rows for key in keys)
+    return sum(count_of(folder, key) for key in keys)
 
 
 def _rows(folder: Folder, keys: Sequence[str], columns: Sequence[str] | None = None) -> Iterator[Row]:
-    system, base = folder.arrow()
     for key in keys:
-        with system.open_input_file(f"{base}/{key}") as opened:
-            yield from read_rows(pq.ParquetFile(opened), columns)
+        yield from rows_of(folder, key, columns)
 
 
 def _write_training(output: ShardOutput, arguments: tuple[InstructSettings, Folder, str]) -> None:

@@ -8,9 +8,9 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow.parquet as pq
-
 from components.contract.component import Job
+from components.contract.store import Folder
+from components.datasets.reading import rows_of
 from components.datasets.results import ShardResult
 from components.datasets.samples import literal, sample_rows
 from components.instruct.settings import InstructSettings
@@ -57,16 +57,14 @@ def report(job: Job[InstructSettings], result: ShardResult) -> None:
 def write_ecosystem_file(job: Job[InstructSettings], result: ShardResult) -> None:
     """Training samples as `[{"id", "image", "conversations"}]`, photos by their names, a record a line."""
     path = job.scratch / ECOSYSTEM_FILE
-    system, base = job.folder.arrow()
     with path.open("w", encoding="utf-8") as out:
         separator = "[\n"
         for file in result.files:
             if file["split"] != "train":
                 continue
-            with system.open_input_file(f"{base}/{file['path']}") as opened:
-                for record in _records(pq.ParquetFile(opened)):
-                    out.write(separator + json.dumps(record, ensure_ascii=False))
-                    separator = ",\n"
+            for record in _records(job.folder, file["path"]):
+                out.write(separator + json.dumps(record, ensure_ascii=False))
+                separator = ",\n"
         out.write("\n]\n" if separator != "[\n" else "[]\n")
     job.folder.upload(path, ECOSYSTEM_FILE)
     job.add_file(ECOSYSTEM_FILE, path.stat().st_size, _sha256(path))
@@ -116,12 +114,10 @@ def conversation_sheet(rows: list[Row]) -> Figure:
     return figure
 
 
-def _records(file: pq.ParquetFile) -> Any:
-    for group in range(file.num_row_groups):
-        table = file.read_row_group(group, columns=["id", "image.path", "conversations"])
-        for row in table.to_pylist():
-            image = {"image": row["image"]["path"]} if row["image"] else {}
-            yield {"id": row["id"], **image, "conversations": row["conversations"]}
+def _records(folder: Folder, key: str) -> Any:
+    for row in rows_of(folder, key, ["id", "image.path", "conversations"]):
+        image = {"image": row["image"]["path"]} if row["image"] else {}
+        yield {"id": row["id"], **image, "conversations": row["conversations"]}
 
 
 def _sha256(path: Path) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,19 @@ Record = dict[str, Any]
 MAX_FAILED = 0.5
 """The share of failed judgements above which there is no score."""
 _NAMED = 5
+
+
+@contextmanager
+def foreign_rows(benchmark: str) -> Iterator[None]:
+    """Turn what a row of another form makes Python say into a refusal: the files of a benchmark come from anybody."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        told = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+        raise RefusedInput(
+            f"{benchmark}: a row of its files is not of the form that the benchmark reads ({told}); "
+            f"LLAVA_TRACEBACK=1 shows where"
+        ) from error
 
 
 class MissingFile(RefusedInput):
@@ -230,7 +244,10 @@ def number_of(value: Any) -> float:
     """A stored number, nan for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return float("nan")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        return float("nan")
 
 
 def table(columns: Sequence[Iterable[float]]) -> Floats:
@@ -252,6 +269,10 @@ def _parse(path: Path, text: str, line: int | None = None) -> Any:
 
     try:
         return json.loads(text, object_pairs_hook=once)
-    except json.JSONDecodeError as error:
-        at = f"line {error.lineno if line is None else line}"
-        raise RefusedInput(f"{path}: {at} is no JSON ({error.msg}); the file may be cut short") from None
+    except (ValueError, RecursionError) as error:
+        lineno, what = (
+            getattr(error, "lineno", 1),
+            getattr(error, "msg", "") or "a number too long, or too deep",
+        )
+        at = f"line {lineno if line is None else line}"
+        raise RefusedInput(f"{path}: {at} is no JSON ({what}); the file may be cut short") from None

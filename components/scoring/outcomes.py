@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import pydantic
 
 from components.contract import Artifact
 from components.scoring.benchmarks import Files, Scored, Unit, find
@@ -14,6 +15,35 @@ from components.scoring.paired import OtherQuestions
 from llava.errors import RefusedInput
 
 CONTAMINATION = "contamination.json"
+
+
+class FilesNote(pydantic.BaseModel):
+    """What `files_note` writes."""
+
+    answers: str | None
+    questions: str | None
+    labels: dict[str, str]
+    splits: str | None
+    split: str
+    reviews: list[str]
+    max_failed: float
+
+
+class ExamNote(pydantic.BaseModel):
+    """What a manifest says of one exam, as far as it is read again."""
+
+    benchmark: str
+    digest: str
+    folder: str = ""
+    scores: dict[str, float | None] = {}
+    files: FilesNote | None = None
+    excluded: bool = False
+
+
+class _Named(pydantic.BaseModel):
+    """The questions of each exam that are left out."""
+
+    questions: dict[str, list[str]]
 
 
 def outcomes(evaluation: Artifact, names: Collection[str] | None = None) -> dict[str, Scored]:
@@ -33,17 +63,17 @@ def comparable(
     """
     names = list(dict.fromkeys(names))
     for name in names:
-        ours, theirs = _exams(base).get(name), _exams(new).get(name)
-        if not ours or not ours["scores"]:
+        ours, theirs = exams_of(base).get(name), exams_of(new).get(name)
+        if not ours or not ours.scores:
             raise OtherQuestions(f"{name}: {base.uri} did not measure it")
-        if not theirs or not theirs["scores"]:
+        if not theirs or not theirs.scores:
             raise RefusedInput(
-                f"{name}: {new.uri} did not measure it; known: {', '.join(_exams(new)) or 'none'}"
+                f"{name}: {new.uri} did not measure it; known: {', '.join(exams_of(new)) or 'none'}"
             )
-        if ours["digest"] != theirs["digest"]:
+        if ours.digest != theirs.digest:
             raise OtherQuestions(
-                f"{name}: the two answered other questions, or were judged otherwise ({ours['digest'][:12]}, "
-                f"{theirs['digest'][:12]}); evaluate both on the same"
+                f"{name}: the two answered other questions, or were judged otherwise ({ours.digest[:12]}, "
+                f"{theirs.digest[:12]}); evaluate both on the same"
             )
     left_out = {name: excluded(base, name) | excluded(new, name) for name in names}
     first, second = (
@@ -55,10 +85,15 @@ def comparable(
 
 def excluded(evaluation: Artifact, name: str) -> set[str]:
     """The questions of benchmark `name` that its scores leave out, as `unit_name` names them."""
-    if not _exams(evaluation)[name].get("excluded"):
+    if not exams_of(evaluation)[name].excluded:
         return set()
-    found: dict[str, list[str]] = json.loads(evaluation.folder.read(CONTAMINATION))["questions"]
-    return set(found.get(name, ()))
+    try:
+        found = _Named.model_validate_json(evaluation.folder.read(CONTAMINATION))
+    except pydantic.ValidationError:
+        raise RefusedInput(
+            f"{evaluation.uri}: its {CONTAMINATION} is damaged; evaluate the model again"
+        ) from None
+    return set(found.questions.get(name, ()))
 
 
 def without(scored: Scored, names: Collection[str]) -> Scored:
@@ -92,7 +127,7 @@ def files_note(files: Files) -> dict[str, Any]:
     }
 
 
-def files_of(note: dict[str, Any], folder: Path) -> Files:
+def files_of(note: FilesNote, folder: Path) -> Files:
     """What `files_note` wrote, in `folder`."""
 
     def inside(name: str) -> Path:
@@ -106,34 +141,33 @@ def files_of(note: dict[str, Any], folder: Path) -> Files:
         return None if name is None else inside(name)
 
     return Files(
-        answers=path(note["answers"]),
-        questions=path(note["questions"]),
-        labels={split: inside(name) for split, name in note["labels"].items()},
-        splits=path(note["splits"]),
-        split=note["split"],
-        reviews=[inside(name) for name in note["reviews"]],
-        max_failed=note["max_failed"],
+        answers=path(note.answers),
+        questions=path(note.questions),
+        labels={split: inside(name) for split, name in note.labels.items()},
+        splits=path(note.splits),
+        split=note.split,
+        reviews=[inside(name) for name in note.reviews],
+        max_failed=note.max_failed,
     )
 
 
 def _every(evaluation: Artifact, names: Collection[str] | None) -> dict[str, Scored]:
     """The outcomes over all questions."""
     return {
-        name: find(exam["benchmark"]).score(files_of(exam["files"], _local(evaluation, exam)))
-        for name, exam in _exams(evaluation).items()
-        if exam["scores"] and (names is None or name in names)
+        name: find(exam.benchmark).score(files_of(exam.files, _local(evaluation, exam)))
+        for name, exam in exams_of(evaluation).items()
+        if exam.scores and exam.files and (names is None or name in names)
     }
 
 
-def _exams(evaluation: Artifact) -> dict[str, Any]:
-    exams: dict[str, Any] = evaluation.manifest.notes.get("exams", {})
-    return exams
+def exams_of(evaluation: Artifact) -> dict[str, ExamNote]:
+    """What the evaluation's manifest says of each exam, by title."""
+    found: dict[str, ExamNote] | None = evaluation.note("exams", dict[str, ExamNote] | None)
+    return found or {}
 
 
-def _local(evaluation: Artifact, exam: dict[str, Any]) -> Path:
-    if exam["folder"]:
-        return evaluation.local(exam["folder"])
-    return evaluation.local()
+def _local(evaluation: Artifact, exam: ExamNote) -> Path:
+    return evaluation.local(exam.folder)
 
 
 def _name(path: Path | None) -> str | None:

@@ -9,11 +9,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from components.contract.digest import sha256_of
 from components.contract.manifest import parquet_in
 from components.contract.store import Folder
+from components.datasets.reading import DatasetFile, opened
 from llava.errors import RefusedInput
 from llava.text_tokenizer import IMAGE
 
@@ -46,16 +45,15 @@ class HeldOutQuestion:
 
 def heldout_rows(folder: Folder) -> int:
     """How many held-out rows the dataset in `folder` has; reads footers only."""
-    return sum(file.metadata.num_rows for file in _files(folder))
+    return sum(sum(file.groups) for file in _files(folder))
 
 
 def two_pictures(folder: Folder) -> None:
     """Refuse held-out rows that all show one picture; reads the pictures' names, and bytes only where all are equal."""
     names: set[str | None] = set()
     for file in _files(folder):
-        for group in range(file.num_row_groups):
-            column = file.read_row_group(group, columns=["image.path"]).column("image")
-            names.update(cell["path"] for cell in column.to_pylist() if cell)
+        for row in file.rows(["image.path"]):
+            names |= {row["image"]["path"]} if row["image"] else set()
             if len(names) > 1:
                 return
     questions, _ = read_questions(folder, None, 0)
@@ -74,14 +72,13 @@ def read_questions(
     skipped: Counter[str] = Counter()
     position = 0
     for file in _files(folder):
-        for group in range(file.num_row_groups):
-            for row in file.read_row_group(group, columns=[*_TEXT, "width"]).to_pylist():
-                reason = _unfit(row)
-                if reason is None:
-                    found.append((position, row))
-                else:
-                    skipped[reason] += 1
-                position += 1
+        for row in file.rows([*_TEXT, "width"]):
+            reason = _unfit(row)
+            if reason is None:
+                found.append((position, row))
+            else:
+                skipped[reason] += 1
+            position += 1
     if not found:
         why = "; ".join(f"{count} x {reason}" for reason, count in sorted(skipped.items())) or "no rows"
         raise RefusedInput(
@@ -97,13 +94,7 @@ def read_questions(
 def captioned(folder: Folder) -> list[dict[str, Any]]:
     """Id, picture and captions of the held-out rows that have both; raises `RefusedInput` where there are none."""
     columns = ["id", "image", "captions"]
-    rows = [
-        row
-        for file in _files(folder)
-        for group in range(file.num_row_groups)
-        for row in file.read_row_group(group, columns=columns).to_pylist()
-        if row["image"] and row["captions"]
-    ]
+    rows = [row for file in _files(folder) for row in file.rows(columns) if row["image"] and row["captions"]]
     if not rows:
         raise RefusedInput(
             f"{folder.uri}/heldout: no picture with captions; give a `shard` artifact that has some"
@@ -137,10 +128,10 @@ def exam_digest(questions: Sequence[HeldOutQuestion], wrong: Sequence[int], term
     return sha256_of({"questions": rows, "terms": terms})
 
 
-def _files(folder: Folder) -> Iterator[pq.ParquetFile]:
-    filesystem, base = folder.arrow()
+def _files(folder: Folder) -> Iterator[DatasetFile]:
     for key in parquet_in((entry.key for entry in folder.list("heldout/")), "heldout"):
-        yield pq.ParquetFile(f"{base}/{key}", filesystem=filesystem)
+        with opened(folder, key) as file:
+            yield file
 
 
 def _unfit(row: dict[str, Any]) -> str | None:
@@ -166,10 +157,10 @@ def _pictures(folder: Folder, positions: Sequence[int]) -> Iterator[bytes]:
     wanted = iter(positions)
     position, start = next(wanted, None), 0
     for file in _files(folder):
-        for group in range(file.num_row_groups):
-            end = start + file.metadata.row_group(group).num_rows
+        for group, count in enumerate(file.groups):
+            end = start + count
             if position is not None and position < end:
-                column = file.read_row_group(group, columns=["image"])["image"]
+                column = file.table(group, ["image"])["image"]
                 while position is not None and position < end:
                     yield column[position - start].as_py()["bytes"]
                     position = next(wanted, None)

@@ -6,13 +6,15 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from pydantic import NonNegativeInt
+
 from components.contract.component import Component, Job, recipe, refusals
 from components.contract.digest import canonical_json, sha256_of
 from components.contract.manifest import Artifact
 from components.contract.printable import printable
 from components.contract.store import Refusal
 from components.contract.workspace import Workspace
-from components.datasets.results import IDS_IN_NOTES, Refusals, note_refused
+from components.datasets.results import IDS_IN_NOTES, Refusals, RefusedNote, note_refused
 from components.datasets.tasks import ShardOutput, ShardTask, run_shards
 from components.shard.report import report
 from components.shard.settings import ShardSettings
@@ -50,10 +52,10 @@ class Shard(Component):
 
     def check_found(self, settings: ShardSettings, artifact: Artifact) -> None:
         """Refuse a dataset that was made under a larger `max_bad` and needed it."""
-        notes = artifact.manifest.notes
-        reasons = {reason: one["count"] for reason, one in notes["refused"].items()}
+        refused = artifact.note("refused", dict[str, RefusedNote])
+        reasons = {reason: one.count for reason, one in refused.items()}
         bad = sum(reasons.values())
-        samples = bad + sum(notes["rows"].values())
+        samples = bad + sum(artifact.note("rows", dict[str, NonNegativeInt]).values())
         if bad > settings.max_bad * samples:
             told = ", ".join(f"{count:,} x {reason}" for reason, count in reasons.items())
             raise RefusedInput(

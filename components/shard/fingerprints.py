@@ -17,8 +17,10 @@ import pyarrow.parquet as pq
 
 from components.contract.digest import canonical_json, sha256_of
 from components.contract.store import Folder
+from components.datasets.reading import rows_of
 from llava.data.images import Limits, thumbnail
-from llava.data.schema import images_of, read_rows
+from llava.data.parquet_files import read_parquet
+from llava.data.schema import images_of
 
 CACHE = "fingerprints"
 BITS_APART = 7
@@ -61,30 +63,28 @@ class Fingerprints:
         path, sha256 = file
         key = f"{sha256_of({'file': sha256, 'rules': _RULES})[:32]}.parquet"
         if found := self.cache.fetch(key):
-            return pq.read_table(io.BytesIO(found[0]))
+            return read_parquet(found[0], f"{self.cache.uri}/{key}")
         made = self._read(path)
         pq.write_table(made, buffer := io.BytesIO(), compression="zstd")
         self.cache.write(key, buffer.getvalue())
         return made
 
     def _read(self, path: str) -> pa.Table:
-        system, base = self.dataset.arrow()
         rows: list[dict[str, Any]] = []
-        with system.open_input_file(f"{base}/{path}") as opened:
-            for row in read_rows(pq.ParquetFile(opened)):
-                texts = [*(row["captions"] or []), *(turn["value"] for turn in row["conversations"] or [])]
-                pictures = [self._of(image["bytes"]) for image in images_of(row)]
-                whole = canonical_json([texts, [one["sha256"].hex() for one in pictures]])
-                first = {
-                    "words": sum(len(text.split()) for text in texts),
-                    "sample": hashlib.sha256(whole).digest()[:16],
-                }
-                if pictures:
-                    first |= {"width": row["width"], "height": row["height"]}
-                rows += [
-                    {"id": row["id"], **one, **(first if number == 0 else {})}
-                    for number, one in enumerate(pictures or [{}])
-                ]
+        for row in rows_of(self.dataset, path):
+            texts = [*(row["captions"] or []), *(turn["value"] for turn in row["conversations"] or [])]
+            pictures = [self._of(image["bytes"]) for image in images_of(row)]
+            whole = canonical_json([texts, [one["sha256"].hex() for one in pictures]])
+            first = {
+                "words": sum(len(text.split()) for text in texts),
+                "sample": hashlib.sha256(whole).digest()[:16],
+            }
+            if pictures:
+                first |= {"width": row["width"], "height": row["height"]}
+            rows += [
+                {"id": row["id"], **one, **(first if number == 0 else {})}
+                for number, one in enumerate(pictures or [{}])
+            ]
         return pa.Table.from_pylist(rows, schema=PICTURES)
 
     def _of(self, data: bytes) -> dict[str, Any]:

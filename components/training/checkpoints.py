@@ -15,6 +15,8 @@ from pathlib import Path
 
 from components.contract import Folder, Guard
 from components.contract.digest import sha256_of
+from components.contract.store import check_key
+from llava.data.jsonl import from_json
 from llava.errors import LlavaError
 
 FOLDER = "checkpoints"
@@ -90,7 +92,7 @@ def fetched(there: Folder, first: bool, barrier: Callable[[], None]) -> Iterator
     try:
         if own:
             shutil.rmtree(copy, ignore_errors=True)
-            for file in json.loads(there.read(COMMITTED)):
+            for file in _marker(there):
                 there.download(file, copy / file)
         barrier()
         yield _whole(there, there.local_path or copy)
@@ -102,8 +104,7 @@ def fetched(there: Folder, first: bool, barrier: Callable[[], None]) -> Iterator
 
 def _whole(there: Folder, where: Path) -> Path:
     """`where`, if its files have the sizes of the marker."""
-    sizes = json.loads(there.read(COMMITTED))
-    for file, size in sizes.items():
+    for file, size in _marker(there).items():
         found = (where / file).stat().st_size if (where / file).exists() else None
         if found != size:
             raise LlavaError(
@@ -111,6 +112,18 @@ def _whole(there: Folder, where: Path) -> Path:
                 f"delete {there.uri} to resume from the one before"
             )
     return where
+
+
+def _marker(there: Folder) -> dict[str, int]:
+    """The size of each file, by its name in the checkpoint."""
+    try:
+        sizes: dict[str, int] = from_json(there.read(COMMITTED))
+        return {check_key(file): int(size) for file, size in sizes.items()}
+    except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
+        raise LlavaError(
+            f"checkpoint {there.uri}: {COMMITTED} is damaged ({error}); delete {there.uri} to resume from the "
+            "one before"
+        ) from None
 
 
 def _committed(folders: Sequence[Folder]) -> list[Folder]:

@@ -17,12 +17,13 @@ from components.contract import (
     Folder,
     Job,
     fingerprint,
+    links_of,
     open_artifact,
     open_store,
-    parquet_in,
     read_artifact,
     sha256_of,
 )
+from components.datasets.extra import look
 from components.training.settings import Extra
 from llava import conversation, templates, text_tokenizer
 from llava.conversation import Encoder
@@ -46,6 +47,8 @@ class DatasetFiles:
     digest: str
     keys: tuple[str, ...]
     weight: float = 1.0
+    unread: str = ""
+    """What lies beside them and is not read, in words."""
 
     def open(self, view: str) -> ParquetRows:
         """Its rows; RefusedInput where there are none or a column of the view is not what it must be."""
@@ -62,18 +65,14 @@ def extra_sources(stage: str, extra: Sequence[Extra]) -> list[DatasetFiles]:
     """The training files of the further datasets of a stage; RefusedInput for one that is not there."""
     found = []
     for one in extra:
-        folder = open_store(one.uri)
-        if artifact := read_artifact(folder):
-            source = source_of(artifact)
-        else:
-            keys = [entry.key for entry in folder.list()]
-            digest = fingerprint(one.uri) if keys else ""
-            source = DatasetFiles(folder, digest, parquet_in(keys, "train") or parquet_in(keys))
-        if not source.keys:
+        files = look(one.uri, one.follow_links)
+        if not files.keys:
             raise RefusedInput(
                 f"{stage}.extra: {one.uri} holds no Parquet file for training, neither in train/ nor at its top"
+                f"{files.unread}"
             )
-        found.append(replace(source, weight=one.weight))
+        digest = files.artifact.digest if files.artifact else fingerprint(one.uri, links_of(one.follow_links))
+        found.append(DatasetFiles(files.folder, digest, files.keys, one.weight, files.unread))
     return found
 
 
@@ -124,7 +123,7 @@ def measure(job: Job[Any], view: str) -> Coverage:
         coverage.add(found)
         each.append({"dataset": source.folder.uri, **found.as_json()})
         if job.settings.extra:
-            job.say(f"{source.folder.uri}: {_told(found)}")
+            job.say(f"{source.folder.uri}: {_told(found)}{source.unread}")
     _keep(job, SampleIndex.joined(indices), INDEX)
     if job.settings.eval_every:
         index, _ = lengths.of(source_of(dataset, "heldout"))

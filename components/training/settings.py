@@ -44,6 +44,11 @@ class Extra(Settings):
     weight: float = Field(
         1.0, gt=0, description="Times that each of its samples is seen in an epoch; 0.5: every other one"
     )
+    follow_links: bool | None = run_field(
+        None,
+        description="Links in a folder: null follows those that stay inside it, true all, false none. What is not "
+        "followed is not read and is counted",
+    )
 
     @field_validator("uri")
     @classmethod

@@ -15,13 +15,21 @@ def to_jsonl(values: Iterable[Any]) -> bytes:
     return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values).encode(errors="replace")
 
 
+def from_json(data: str | bytes) -> Any:
+    """The value of a JSON text. Raises ValueError for what is none, however deep it is nested."""
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def from_jsonl(data: bytes) -> list[Any]:
     """What `to_jsonl` wrote; empty lines are passed over. Raises ValueError that names the line."""
     values = []
     for number, line in enumerate(data.decode().split("\n"), start=1):
         if line.strip():
             try:
-                values.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"line {number} is no JSON: {error.msg}") from None
+                values.append(from_json(line))
+            except ValueError as error:
+                raise ValueError(f"line {number} is no JSON: {getattr(error, 'msg', error)}") from None
     return values

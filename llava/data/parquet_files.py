@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pyarrow as pa
@@ -12,8 +15,11 @@ import pyarrow.parquet as pq
 from llava.errors import RefusedInput
 
 _ENTRIES, _DEEPEST = 10_000, 64
-"""Row groups or columns of a file from outside; levels of a column. pyarrow reads a schema by recursion, in C++."""
+"""Row groups or columns of a file; levels of a column."""
+_STACK = 64 * 2**20
+"""Bytes, eight times what the deepest column of `_ENTRIES` takes: pyarrow reads a schema by recursion, in C++."""
 _OF_A_STORE = "AWS Error"
+_turn = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -33,11 +39,32 @@ def damage_told(where: str) -> Iterator[None]:
         raise RefusedInput(f"{where} is no Parquet file that can be read: {reason}") from error
 
 
-def open_foreign(source: Any, where: str, **how: Any) -> pq.ParquetFile:
-    """A Parquet file that anybody may have made. Raises `RefusedInput` for columns too deep to be handled."""
-    file = pq.ParquetFile(source, thrift_container_size_limit=_ENTRIES, **how)
-    columns = file.metadata.schema
-    for number in range(len(columns)):
-        if (depth := columns.column(number).path.count(".")) > _DEEPEST:
-            raise RefusedInput(f"{where}: a column is {depth:,} levels deep, more than {_DEEPEST}")
+def open_parquet(source: Any, where: str, **how: Any) -> pq.ParquetFile:
+    """A Parquet file, whoever made it. Raises `RefusedInput` for one that is damaged, or too deep to be handled."""
+
+    def opened() -> tuple[pq.ParquetFile | None, int]:
+        file = pq.ParquetFile(source, thrift_container_size_limit=_ENTRIES, **how)
+        columns = file.metadata.schema
+        depth = max((columns.column(number).path.count(".") for number in range(len(columns))), default=0)
+        return (file if depth <= _DEEPEST else None), depth
+
+    # In a common thread a schema of some thousand levels ends the process, when it is made and when it is freed.
+    with damage_told(where), ThreadPoolExecutor(1, "footer") as deep:
+        with _turn:
+            before = threading.stack_size(_STACK)
+            try:
+                opening = deep.submit(opened)
+            finally:
+                threading.stack_size(before)
+        file, depth = opening.result()
+    if file is None:
+        raise RefusedInput(
+            f"{where} is no Parquet file that can be read: nested too deeply, {depth:,} levels"
+        )
     return file
+
+
+def read_parquet(data: bytes, where: str, columns: list[str] | None = None) -> pa.Table:
+    """All rows of a Parquet file that is at hand. Raises `RefusedInput` for one that is damaged."""
+    with open_parquet(io.BytesIO(data), where) as file, damage_told(where):
+        return file.read(columns)

@@ -17,7 +17,7 @@ import pyarrow as pa
 from pyarrow import fs
 from pyarrow import parquet as pq
 
-from llava.data.parquet_files import damage_told
+from llava.data.parquet_files import damage_told, open_parquet
 from llava.data.schema import check_schema
 from llava.errors import RefusedInput
 
@@ -111,7 +111,7 @@ class ParquetRows:
     def _read(self, group: int, columns: Sequence[str]) -> pa.Table:
         path, index, _ = self.groups[group]
         # A ParquetFile serves one thread; with the footer at hand making one costs nothing.
-        file = pq.ParquetFile(self._source(path), metadata=self._footers[path], pre_buffer=True)
+        file = open_parquet(self._source(path), path, metadata=self._footers[path], pre_buffer=True)
         there = [one for one in columns if one.partition(".")[0] in file.schema_arrow.names]
         with damage_told(path):
             return file.read_row_group(index, columns=there, use_threads=False)
@@ -140,8 +140,8 @@ class ParquetRows:
         return source
 
     def _footer(self, path: str) -> pq.FileMetaData:
-        with damage_told(path), self.filesystem.open_input_file(path) as source:
-            return pq.read_metadata(source)
+        with self.filesystem.open_input_file(path) as source:
+            return open_parquet(source, path).metadata
 
     @cached_property
     def _readers(self) -> ThreadPoolExecutor:

@@ -106,7 +106,7 @@ DATASET_SCHEMA = pa.schema(
     metadata={"huggingface": json.dumps({"info": {"features": _FEATURES}})},
 )
 
-_WHEN_LEFT_OUT: dict[str, Any] = {"width": 0, "height": 0, "captions": ()}
+WHEN_LEFT_OUT: dict[str, Any] = {"width": 0, "height": 0, "captions": ()}
 
 IMAGE_COLUMNS = ("image", "more_images")
 TEXT_COLUMNS = tuple(name for name in DATASET_SCHEMA.names if name not in IMAGE_COLUMNS)
@@ -127,7 +127,7 @@ def to_table(rows: Iterable[Row]) -> pa.Table:
         if unknown := row.keys() - known:
             raise KeyError(f"row {row.get('id')!r} has columns that no dataset has: {sorted(unknown)}")
     columns = [
-        _column(field, [row.get(field.name, _WHEN_LEFT_OUT.get(field.name)) for row in rows])
+        _column(field, [row.get(field.name, WHEN_LEFT_OUT.get(field.name)) for row in rows])
         for field in DATASET_SCHEMA
     ]
     return pa.table(columns, schema=DATASET_SCHEMA)

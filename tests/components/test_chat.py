@@ -171,7 +171,7 @@ def test_counts() -> None:
 
 
 def test_json_that_is_too_deep_is_no_json() -> None:
-    with pytest.raises(ValueError, match="too deep"):
+    with pytest.raises(ValueError, match="too deeply"):
         parsed("[" * 200_000)
 
 

@@ -10,7 +10,6 @@ from tests.support.repository import REPOSITORY
 ALLOWED = {
     "components/backbones/tiny.py": "a maker's command: its own figures",
     "components/contract/console.py": "the mechanism",
-    "components/datasets/footers.py": "numbers, to its parent process",
     "components/scoring/science_data.py": "a maker's command: its own error",
     "workflows/failures.py": "the mechanism for the last line",
 }

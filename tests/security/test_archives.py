@@ -321,7 +321,7 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: parquet_file()[:-8] + b"\xff\xff\xff\x7fPAR1", "no Parquet file that can be read"
     ),
     "schema of 3,000 levels": (lambda: footer_of_depth(3_000), "nested too deeply"),
-    "schema of 100,000 levels": (lambda: footer_of_depth(100_000), "nested too deeply"),
+    "schema of 100,000 levels": (lambda: footer_of_depth(100_000), "no Parquet file that can be read"),
     "deep metadata": (lambda: with_metadata(b"[" * 100_000), ""),
     "metadata of noise": (lambda: with_metadata(b"\xff\xfe{"), ""),
 }  # fmt: skip
@@ -348,7 +348,7 @@ def test_a_parquet_file_with_a_broken_footer_is_refused_in_one_line(tmp_path: Pa
 
 @pytest.mark.parametrize("source", ["parquet", "webdataset"])
 def test_a_deep_schema_among_good_files_is_named(tmp_path: Path, source: str) -> None:
-    for name, data in (("a", parquet_file()), ("b", footer_of_depth(20_000)), ("c", parquet_file())):
+    for name, data in (("a", parquet_file()), ("b", footer_of_depth(9_000)), ("c", parquet_file())):
         (tmp_path / f"{name}.parquet").write_bytes(data)
     settings = (
         settings_of(tmp_path) if source == "parquet" else ShardSettings(source=source, path=str(tmp_path))

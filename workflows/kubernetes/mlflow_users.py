@@ -12,7 +12,7 @@ import configparser
 import os
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llava.errors import LlavaError, RefusedInput
 from workflows import failures
@@ -56,7 +56,7 @@ def make(uri: str, wanted: tuple[User, ...]) -> None:
     """Make the users, or give those that exist the password and the rights of `wanted`."""
     from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore
 
-    store = SqlAlchemyStore()
+    store: Any = SqlAlchemyStore()
     store.init_db(uri)
     for user in wanted:
         if store.has_user(user.name):

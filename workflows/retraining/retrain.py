@@ -23,6 +23,7 @@ from components.contract import (
     say,
     sha256_of,
 )
+from components.datasets.results import RefusedNote
 from components.registry import CHAMPION, MODEL_DIGEST, MODEL_URI, Registry, artifact_named, tracking_uri
 from components.shard import Shard, ShardSettings
 from components.shard.sources import llava as llava_source
@@ -284,11 +285,11 @@ class _Retraining:
             name = f"drop {drop.uri.rsplit('/', 1)[-1]}" + (f"/{file.key}" if len(files) > 1 else "")
             self.run.make([Step(name, Shard(), settings)])
             made = self.run.made[name]
-            for reason, refused in made.manifest.notes["refused"].items():
-                _count(reasons, reason, refused["ids"], refused["count"])
+            for reason, refused in made.note("refused", dict[str, RefusedNote]).items():
+                _count(reasons, reason, refused.ids, refused.count)
             datasets.append(made)
         self.datasets[drop.digest] = datasets
-        kept = sum(dataset.manifest.notes["rows"]["train"] for dataset in datasets)
+        kept = sum(dataset.note("rows", dict[str, int]).get("train", 0) for dataset in datasets)
         bad = sum(one["count"] for one in reasons.values())
         if bad:
             self.set_aside[drop.uri] = {"records": kept + bad, "set_aside": bad, "reasons": reasons}

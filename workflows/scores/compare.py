@@ -10,13 +10,15 @@ from typing import Any
 from PIL import Image
 
 from components.contract import say, tell
-from components.contract.store import check_key
+from components.contract.store import Store
+from components.contract.store.data import open_data_store
 from components.pages.markdown import Markup, escape, table
 from components.scoring.benchmarks import Files, Scored, Unit, find
 from components.scoring.gate import GateSettings, Verdict, decide
 from components.scoring.paired import Comparison, Difference, compare
 from components.scoring.table import scores_table
-from llava.errors import RefusedInput
+from llava.data.images import BadImage, Limits, decode
+from llava.errors import RefusedInput, from_the_system
 from workflows.scores.score import nested, score
 
 SHOWN = 20
@@ -138,19 +140,26 @@ def write_page(models: Mapping[str, Mapping[str, Scored]], duels: list[Duel], lo
 
 def in_folder(images: Path | None) -> Look:
     """Pictures that lie in `images` under the names that the answers give them."""
+    folder = None if images is None else open_data_store(images, follow_links=True)
 
     def look(benchmark: str, unit: Unit) -> Image.Image | None:
-        if unit.image is None or images is None:
-            return None
-        try:
-            check_key(str(unit.image))
-        except RefusedInput:
-            return None  # an answers file must not lead out of the folder
-        found = (images / f"{unit.image}{ending}" for ending in _ENDINGS)
-        path = next((path for path in found if path.is_file()), None)
-        return None if path is None else Image.open(path)
+        return None if unit.image is None or folder is None else _picture_in(folder, str(unit.image))
 
     return look
+
+
+def _picture_in(folder: Store, name: str) -> Image.Image | None:
+    """The picture; None for a name that leads out of the folder or to nothing, and for what is no picture."""
+    try:
+        for ending in _ENDINGS:
+            if found := folder.fetch(f"{name}{ending}", Limits().max_bytes):
+                return decode(found[0])
+    except (RefusedInput, BadImage):
+        return None
+    except OSError as error:
+        if from_the_system(error):
+            raise
+    return None
 
 
 def _section(name: str, comparison: Comparison) -> list[str]:

@@ -24,7 +24,7 @@ from components.evaluate import Evaluate, EvaluateSettings, exams
 from components.evaluate.settings import HELD_OUT_EXAM
 from components.ray_cluster import connection
 from components.scoring.benchmarks import Scored, Unit, find
-from components.scoring.outcomes import comparable, outcomes, unit_name
+from components.scoring.outcomes import comparable, exams_of, outcomes, unit_name
 from components.scoring.pictures import Picture
 from components.scoring.questions import read_questions
 from llava.errors import RefusedInput
@@ -101,7 +101,7 @@ def pictures(evaluation: Artifact, workspace: Workspace) -> Look:
         with TemporaryDirectory(prefix="llava-compare-") as folder:
             exam = exams.open_exam(one, Path(folder) / "exam")
             shown[one.title] = {item.unit: item.picture for item in exam.items if item.picture is not None}
-    kinds = {title: note["benchmark"] for title, note in evaluation.manifest.notes["exams"].items()}
+    kinds = {title: note.benchmark for title, note in exams_of(evaluation).items()}
 
     def look(benchmark: str, unit: Unit) -> Image.Image | None:
         picture = shown.get(benchmark, {}).get(unit_name(kinds[benchmark], unit))
@@ -175,7 +175,13 @@ def _sit(model: Artifact, exam: Artifact, workspace: Workspace) -> Artifact:
 
 
 def _settings(evaluation: Artifact) -> EvaluateSettings:
-    return EvaluateSettings.model_validate(_merged(evaluation.manifest.recipe, evaluation.manifest.run))
+    try:
+        return EvaluateSettings.model_validate(_merged(evaluation.manifest.recipe, evaluation.manifest.run))
+    except ValueError as error:
+        first = " ".join(str(error).split())[:300]
+        raise RefusedInput(
+            f"{evaluation.uri}: its manifest holds no settings of an evaluation: {first}"
+        ) from None
 
 
 def _merged(recipe: Any, run: Any) -> Any:
@@ -188,7 +194,7 @@ def _merged(recipe: Any, run: Any) -> Any:
 
 
 def _scored(evaluation: Artifact) -> set[str]:
-    return {name for name, exam in evaluation.manifest.notes["exams"].items() if exam["scores"]}
+    return {name for name, exam in exams_of(evaluation).items() if exam.scores}
 
 
 def _headline(name: str, scored: Scored) -> str:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import pyarrow.parquet as pq
-
 from components.contract import Folder, sha256_of
+from components.datasets.reading import rows_of
 from components.instruct.llm.choice import types_of
 from components.instruct.llm.contexts import Facts, context, facts
 from components.instruct.llm.prompts import Message, Prompts
 from components.instruct.settings import InstructSettings
-from llava.data.schema import TEXT_COLUMNS, Row, read_rows
+from llava.data.schema import TEXT_COLUMNS, Row
 
 BYTES_PER_TOKEN = 4.0
 """Of English text, about; estimates use it."""
@@ -83,6 +82,4 @@ class Requests:
 
 def text_rows(folder: Folder, key: str) -> Iterator[Row]:
     """Rows of a shard without the pictures, which the teacher never sees."""
-    system, base = folder.arrow()
-    with system.open_input_file(f"{base}/{key}") as opened:
-        yield from read_rows(pq.ParquetFile(opened), TEXT_COLUMNS)
+    yield from rows_of(folder, key, TEXT_COLUMNS)

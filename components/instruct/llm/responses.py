@@ -15,10 +15,14 @@ from typing import Any, NamedTuple
 from uuid import uuid4
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from components.chat import MOST_TOKENS
 from components.contract import Folder
 from components.instruct.llm.limits import Tokens
+from llava.data.parquet_files import damage_told, read_parquet
+from llava.errors import RefusedInput
 
 RESPONSES = "responses"
 ANSWERED = 200
@@ -209,13 +213,30 @@ def _files(
     while True:
         for key in [key for key in keys() if key not in seen]:
             try:
-                table = pq.read_table(io.BytesIO(folder.read(key)), columns=list(names))
+                table = read_parquet(folder.read(key), f"{folder.uri}/{key}", list(names))
             except FileNotFoundError:
                 if key in gone:  # and still listed
                     raise
                 gone.add(key)
                 break
             seen.add(key)
-            yield zip(*(table[name].to_pylist() for name in names), strict=True)
+            yield zip(*_columns(table, names, f"{folder.uri}/{key}"), strict=True)
         else:
             return
+
+
+def _columns(table: pa.Table, names: Sequence[str], where: str) -> list[list[Any]]:
+    """The values. RefusedInput for what no `Writer` wrote: tokens are summed and held against a budget."""
+    sound = sorted(table.column_names) == sorted(names) and all(
+        table.schema.field(name).type == SCHEMA.field(name).type and not table[name].null_count
+        for name in names
+    )
+    if sound:
+        counts = [pc.min_max(table[name]).as_py() for name in names if name.endswith("_tokens")]
+        sound = all((one["min"] or 0) >= 0 and (one["max"] or 0) <= MOST_TOKENS for one in counts)
+    if not sound or pc.all(pc.match_substring_regex(table["digest"], "^([0-9a-f]{2})+$")).as_py() is False:
+        raise RefusedInput(
+            f"{where}: no responses that can be read again; delete the file to have them asked anew"
+        )
+    with damage_told(where):
+        return [table[name].to_pylist() for name in names]

@@ -5,15 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 
-import pyarrow.parquet as pq
-
+from components.datasets.reading import rows_of
 from components.datasets.tasks import ShardOutput
 from components.instruct.llm.contexts import facts
 from components.instruct.llm.filtering import Judge, sample_id
 from components.instruct.llm.responses import Response, responses_of
 from components.instruct.samples import cells, measure, picture_after
 from components.rule_teacher.rules import Turn
-from llava.data.schema import Row, read_rows
+from llava.data.schema import Row
 
 Remains = Mapping[str, Sequence[int]]
 
@@ -22,17 +21,15 @@ def write_shard(output: ShardOutput, arguments: tuple[Judge, str, int, Remains])
     """Write the samples about a shard's photos. `Remains`: the pairs of a sample that other samples leave room for."""
     judge, key, number, remains = arguments
     answered = responses_of(judge.folder, number)
-    system, base = judge.dataset.arrow()
-    with system.open_input_file(f"{base}/{key}") as opened:
-        for row in read_rows(pq.ParquetFile(opened)):
-            written = 0
-            for sample in _samples(row, judge, number, answered, remains):
-                output.write("train", sample)
-                measure(output, "train", sample)
-                written += 1
-            if not row["conversations"] and not facts(row).captions:
-                output.refuse(row["id"], "nothing-to-say", "no caption")
-            output.count(f"samples of a photo/{written}")
+    for row in rows_of(judge.dataset, key):
+        written = 0
+        for sample in _samples(row, judge, number, answered, remains):
+            output.write("train", sample)
+            measure(output, "train", sample)
+            written += 1
+        if not row["conversations"] and not facts(row).captions:
+            output.refuse(row["id"], "nothing-to-say", "no caption")
+        output.count(f"samples of a photo/{written}")
 
 
 def _samples(

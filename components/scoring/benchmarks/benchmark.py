@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from components.scoring.base import Files, Record, Scored, Unit
+from components.scoring.base import Files, Record, Scored, Unit, foreign_rows
 from components.scoring.benchmarks.reading import Item, Paper
 from components.scoring.judge import Ask
 from llava.data.jsonl import to_jsonl
@@ -19,6 +20,21 @@ def by_first_key(unit: Unit) -> str:
 def as_lines(items: Sequence[Item], rows: Sequence[Record]) -> tuple[str, str]:
     """Answers as JSONL: the file's ending and its text. `rows`: `question_id, prompt, text` and who answered."""
     return ".jsonl", to_jsonl(rows).decode()
+
+
+_READ_FILES = ("score", "gather", "judge", "unscored")
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What reads a benchmark's files, which anybody may have made."""
+
+    benchmark: str
+    work: Callable[..., Any]
+
+    def __call__(self, *given: Any) -> Any:
+        with foreign_rows(self.benchmark):
+            return self.work(*given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,3 +77,8 @@ class Benchmark:
     """Has a judge fill the files that `score` reads; `ask` puts its tasks."""
     unscored: Callable[[Files], str | None] = lambda files: None
     """Why these files, whose answers are there, give no score yet; None where they give one."""
+
+    def __post_init__(self) -> None:
+        for name in _READ_FILES:
+            if (work := getattr(self, name)) is not None:
+                object.__setattr__(self, name, _Reading(self.name, work))

@@ -58,7 +58,8 @@ class Archive:
         try:
             members = list(_zip_members(file) if self._zipped else _tar_members(file))
         except (
-            zipfile.BadZipFile, tarfile.TarError, NotImplementedError, EOFError, OverflowError, ValueError, struct.error
+            zipfile.BadZipFile, tarfile.TarError, NotImplementedError, EOFError, LookupError, OverflowError, ValueError,
+            struct.error,
         ) as error:  # fmt: skip
             raise RefusedInput(
                 f"{file}: no {file.key[-3:]} archive that can be read in place: {error}"

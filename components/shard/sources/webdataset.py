@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from components.contract.store import Store
-from components.datasets.footers import check_footers
 from components.shard.source_settings import SourceSettings
 from components.shard.sources import parquet
 from components.shard.sources.base import (
@@ -37,6 +36,7 @@ from components.shard.sources.base import (
     plain,
     split_by_bytes,
 )
+from components.shard.sources.columns import Columns
 from components.shard.sources.json_stream import parse
 from components.shard.sources.photos import admit, resized
 from components.shard.sources.record_index import File
@@ -59,13 +59,12 @@ class Raw(NamedTuple):
     fault: tuple[str, str] | None = None
 
 
-def check(settings: SourceSettings) -> parquet.Columns | None:
+def check(settings: SourceSettings) -> Columns | None:
     """None for tars, else the Parquet files' columns; RefusedInput where there is neither."""
     store = open_data(settings)
     if _tars(store, settings):
         return None
     keys = parquet.keys_of(store, settings, ".parquet")
-    check_footers(store, settings.follow_links, keys)
     return _columns(store, keys)
 
 
@@ -81,13 +80,12 @@ def listing(settings: SourceSettings) -> Listing:
         refused = [one for one in store.refused() if _is_tar(one.key, settings)]
         return Listing(files, sizes=sizes, exact=False, marks=marks, refused=refused)
     named = parquet.keys_of(store, settings, ".parquet")
-    check_footers(store, settings.follow_links, named)
     keys = [key for key in named if _has_pictures(store, key)]
     return parquet.list_groups(settings, store, keys, _columns(store, keys))
 
 
 def rows(
-    settings: SourceSettings, shared: tuple[Store, parquet.Columns] | None, items: Sequence[Any], kept: Store
+    settings: SourceSettings, shared: tuple[Store, Columns] | None, items: Sequence[Any], kept: Store
 ) -> Iterator[Outcome]:
     """The samples of the tars, in their order."""
     if shared is not None:
@@ -210,7 +208,7 @@ def _has_pictures(store: Store, key: str) -> bool:
         return not {*PICTURES}.isdisjoint(file.schema_arrow.names)
 
 
-def _columns(store: Store, keys: list[str]) -> parquet.Columns:
+def _columns(store: Store, keys: list[str]) -> Columns:
     """img2dataset's columns, from the first file that has pictures; its tables without them say what failed."""
     for key in keys:
         with parquet.opened(store, key) as file:
@@ -220,14 +218,14 @@ def _columns(store: Store, keys: list[str]) -> parquet.Columns:
                 raise RefusedInput(
                     f"{store.uri}/{key}: no column 'caption'; shard.source=parquet takes any columns"
                 )
-            return parquet.Columns((pictures[0],), ("caption",), None, "key" if "key" in names else None)
+            return Columns((pictures[0],), ("caption",), None, "key" if "key" in names else None)
     raise RefusedInput(
         f"shard.path={store.uri}: neither a .tar nor a Parquet file with a column {', '.join(PICTURES[:4])}"
     )
 
 
 def made_of(
-    settings: SourceSettings, shared: tuple[Store, parquet.Columns] | None, items: Sequence[Any]
+    settings: SourceSettings, shared: tuple[Store, Columns] | None, items: Sequence[Any]
 ) -> Iterable[object]:
     """The tars with their versions, or the row groups."""
     if shared is not None:
