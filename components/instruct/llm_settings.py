@@ -38,7 +38,9 @@ class TeacherSettings(Settings):
     )
     concurrency: int = run_field(32, ge=1, description="Requests under way at once, over all askers")
     askers: int = run_field(
-        1, ge=1, description="Processes (Ray actors) that ask; the limits hold for all together"
+        1,
+        ge=1,
+        description="Processes (Ray actors, beside the driver) that ask; the limits hold for all together",
     )
     requests_per_minute: int | None = run_field(
         None, ge=1, description="Requests that leave in any minute at most"

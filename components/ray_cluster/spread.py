@@ -64,6 +64,14 @@ def spread(
         finished += 1
 
 
+def beside_the_driver() -> Any:
+    """A scheduling strategy: on the node of this process and on no other."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
 def in_flight(
     submit: Callable[[Piece], Any], pieces: Sequence[Piece], workers: int | None, look: Callable[[], None]
 ) -> Iterator[tuple[Piece, Any]]:

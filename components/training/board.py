@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from components.ray_cluster.spread import beside_the_driver
+
 
 @dataclass
 class Progress:
@@ -73,10 +75,9 @@ class ProgressActor:
 def start_progress_actor() -> Any:
     """A `ProgressActor` on the node of this process, which no other node's end can take away."""
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0, max_restarts=-1)(ProgressActor).options(scheduling_strategy=here).remote()
+    actor: Any = ray.remote(num_cpus=0, max_restarts=-1)(ProgressActor)
+    return actor.options(scheduling_strategy=beside_the_driver()).remote()
 
 
 class ProgressClient:

@@ -365,7 +365,7 @@ def test_a_damaged_page_costs_the_rest_of_its_row_group(tmp_path: Path) -> None:
     assert 20 <= len(outcomes) <= 41
 
 
-@pytest.mark.parametrize("bomb", ["parquet_bomb", "repeated_photo"])
+@pytest.mark.parametrize("bomb", ["parquet_bomb", pytest.param("repeated_photo", marks=pytest.mark.drill)])
 def test_a_parquet_bomb_is_cut_off_and_counted(tmp_path: Path, bomb: str) -> None:
     folder = f"from tests.security import test_archives as t; folder = t.Path({str(tmp_path)!r})"
     write = f'{folder}; (folder / "a.parquet").write_bytes(t.{bomb}())'

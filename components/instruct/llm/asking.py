@@ -22,6 +22,7 @@ from components.instruct.llm.requests import Request, Requests
 from components.instruct.llm.responses import ANSWERED, Response, Writer, stored
 from components.instruct.settings import InstructSettings
 from components.ray_cluster.connection import failures_told
+from components.ray_cluster.spread import beside_the_driver
 from llava.errors import RefusedInput
 
 CHECK_EVERY_SECONDS = 5.0
@@ -178,11 +179,12 @@ def ask_all(job: Job[InstructSettings], work: Work, missing: int, spent: Tokens)
     if count > 1:
         actor: Any = ray.remote(ArtifactLimits).options(num_cpus=0, max_concurrency=10_000)
         shared = actor.remote(settings, spent)
+    # Beside the driver: asking waits more than it computes, and the key is nowhere else.
     remote: Any = ray.remote(Asker).options(
-        num_cpus=1,
+        num_cpus=0,
         max_restarts=RESTARTS,
         max_task_retries=RESTARTS,
-        scheduling_strategy="SPREAD",
+        scheduling_strategy=beside_the_driver(),
     )
     actors = [remote.remote(work, number, count) for number in range(count)]
     total, running = Tally(), {actor.ask.remote(shared): actor for actor in actors}
