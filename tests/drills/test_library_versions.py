@@ -63,12 +63,10 @@ def make(folder: Path, which: str) -> Path:
 
 
 def environment() -> dict[str, str]:
-    """Of a command that runs this checkout, with the operators that DeepSpeed compiled before."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
-    operators = os.environ.get("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
-    return {
-        **kept, "PYTHONPATH": str(REPOSITORY), "RAY_USAGE_STATS_ENABLED": "0", "TORCH_EXTENSIONS_DIR": operators,
-    }  # fmt: skip
+    """Of a command that runs this checkout; DeepSpeed's operators are compiled in its own environment."""
+    left = ("RAY_", "MLFLOW_", "TORCH_EXTENSIONS_DIR")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(left)}
+    return {**kept, "PYTHONPATH": str(REPOSITORY), "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 def summary(python: Path, folder: Path) -> dict[str, Any]:
