@@ -1,5 +1,5 @@
 # make train: the main job. make test: every check. make check: the fast ones. make ui: look at what was trained.
-# make drills: kill drills.
+# make drills: kills at random moments, seeds, the oldest and the newest libraries.
 PYTHON ?= python3
 BIN := .venv/bin
 EXTENSIONS := .venv/torch_extensions

@@ -15,11 +15,11 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig
 
 import llava.model
-from llava import pretrained
+from llava import control_tokens, pretrained
 from llava.conversation import IGNORE, Encoder
 from llava.errors import RefusedInput
 from llava.pixels import blank_picture
-from llava.rendering import RenderingError, literals, render
+from llava.rendering import RenderingError
 from llava.templates import NAMES, OWN, chat_template
 from llava.text_tokenizer import IMAGE
 
@@ -187,28 +187,9 @@ def _stock_prompt(processor: Any, question: str, px: torch.Tensor | None) -> lis
 def _encoded(tokenizer: Any, source: str, turn: dict[str, Any]) -> list[int]:
     """What `apply_chat_template` with `sanitize_control_tokens` gives, the text written within `render`'s limits."""
     try:
-        text = render(source, _marked(tokenizer, source, turn), tokenizer.special_tokens_map, opened=True)
+        return control_tokens.encoded(tokenizer, source, turn)
     except RenderingError as error:
         raise RefusedInput(f"the folder's chat template cannot be used: {error}") from error
-    ids: list[int] = tokenizer(text, add_special_tokens=False, sanitize_control_tokens=True)["input_ids"]
-    return ids
-
-
-def _marked(tokenizer: Any, source: str, turn: dict[str, Any]) -> list[Any]:
-    """The conversation of one turn with the control tokens in it marked as text."""
-    named = tokenizer.chat_control_tokens
-    if named is None:
-        # The library finds these by compiling the template in this process.
-        text = literals(source)
-        added = [token.content for token in tokenizer.added_tokens_decoder.values()]
-        tokenizer.chat_control_tokens = [token for token in added if token in text and not token.isspace()]
-    try:
-        conversations: list[list[Any]] = tokenizer._mark_chat_inputs(
-            source, [[turn]], None, None, {}, True, False
-        )[0]
-        return conversations[0]
-    finally:
-        tokenizer.chat_control_tokens = named
 
 
 def _batch(

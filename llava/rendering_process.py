@@ -8,7 +8,8 @@ import resource
 import sys
 from typing import Any
 
-from transformers.utils.chat_template_utils import _get_template_literal_text, render_jinja_template
+from jinja2 import nodes
+from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 MEMORY = 1 << 30
 
@@ -28,7 +29,7 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
 
 def _written(asked: dict[str, Any]) -> str:
     if asked["messages"] is None:
-        return str(_get_template_literal_text(asked["template"]))
+        return _literals(asked["template"])
     written: Any = render_jinja_template(
         conversations=[asked["messages"]],
         chat_template=asked["template"],
@@ -37,6 +38,14 @@ def _written(asked: dict[str, Any]) -> str:
     )
     texts, _ = written
     return str(texts[0])
+
+
+def _literals(template: str) -> str:
+    """Text between the tags and in quotes, joined so that nothing is found across two of them."""
+    tree = _compile_jinja_template(template).environment.parse(template)
+    found = {str(node.data) for node in tree.find_all(nodes.TemplateData)}
+    found |= {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+    return "\0".join(sorted(found))
 
 
 def _allow(seconds: int) -> None:

@@ -51,6 +51,11 @@ _ABOUT = (
     "A chat between a curious {person} and an artificial intelligence assistant. The assistant gives helpful, "
     "detailed, and polite answers to the {person}'s questions."
 )
+_SEES = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, and assist the user with a variety of tasks using natural language."
+)
+"""Of the authors' `llava_llama_2`; `llama_2` with v1's text stays what checkpoints were trained with."""
 _V1, _V0 = _ABOUT.format(person="user"), _ABOUT.format(person="human")
 
 
@@ -68,6 +73,14 @@ TEMPLATES = {
             "llama_2",
             "{bos}[INST] <<SYS>>\n{system}\n<</SYS>>\n\n",
             _V1,
+            "{bos}[INST] ",
+            " [/INST] ",
+            " {eos}",
+        ),
+        _row(
+            "llava_llama_2",
+            "{bos}[INST] <<SYS>>\n{system}\n<</SYS>>\n\n",
+            _SEES,
             "{bos}[INST] ",
             " [/INST] ",
             " {eos}",

@@ -25,7 +25,6 @@ from components.rule_teacher.view import (
     side_of,
 )
 from components.rule_teacher.words import (
-    BRIEF_REQUESTS,
     COCO_NAMES,
     COLOURS,
     DETAIL_REQUESTS,
@@ -34,6 +33,7 @@ from components.rule_teacher.words import (
     plural,
     with_article,
 )
+from llava.data.samples import BRIEF_REQUESTS
 
 __all__ = [
     "ASK",

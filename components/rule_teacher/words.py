@@ -1,20 +1,5 @@
 """The rules teacher's words: requests, phrasings, colours, numbers and the names of COCO's categories."""
 
-BRIEF_REQUESTS: tuple[str, ...] = (
-    "Say briefly what this picture shows.",
-    "What is to be seen here, in one sentence?",
-    "Sum up the picture in a few words.",
-    "Give a short account of the picture.",
-    "Tell me in brief what is in this picture.",
-    "Write one short sentence about this picture.",
-    "What does this picture show? Keep it short.",
-    "Put the content of the picture into one sentence.",
-    "Provide a one-line summary of this picture.",
-    "How would you put this picture into a few words?",
-    "Name the main content of this picture briefly.",
-    "Give a quick summary of what you see.",
-)
-
 DETAIL_REQUESTS: tuple[str, ...] = (
     "Describe this picture in detail.",
     "Tell me everything that you can see here.",

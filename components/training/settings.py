@@ -66,10 +66,16 @@ class TrainSettings(Settings):
     global_batch: int = Field(gt=0, description="Samples per update, over all workers")
     learning_rate: float = Field(gt=0, description="Peak rate, after the warm-up")
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Share of the updates with a rising rate")
+    warmup_from_zero: bool = Field(
+        False,
+        description="The first update has rate 0, as with the HF Trainer; else the warm-up is one update ahead",
+    )
     projector_learning_rate: float | None = Field(
         None, gt=0, description="The projector's own peak rate; none: learning_rate"
     )
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decay")
+    weight_decay: float = Field(
+        0.0, ge=0, description="AdamW's decay of matrices; biases and norms have none"
+    )
     gradient_clipping: float = Field(1.0, ge=0, description="Largest gradient norm; 0 does not clip")
     max_length: int = Field(
         2048, gt=0, description="Tokens per sample, images counted; longer ones are cut once"

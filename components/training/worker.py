@@ -59,7 +59,11 @@ def _work(task: Task) -> None:
         try:
             first = run.resume()
             schedule = Schedule(
-                setup.plan.steps, settings.learning_rate, settings.warmup_ratio, settings.seed
+                setup.plan.steps,
+                settings.learning_rate,
+                settings.warmup_ratio,
+                settings.seed,
+                settings.warmup_from_zero,
             )
             train(setup.engine, setup.collator, schedule, first, run.after_step, run.word)
             if not state.stopped:

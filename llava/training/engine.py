@@ -54,6 +54,7 @@ class AdamW:
     """The optimizer of both papers (v1.5, table 9: AdamW without weight decay)."""
 
     weight_decay: float = 0.0
+    """Of matrices; biases and the weights of norms have none, as with the Trainer of transformers."""
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
@@ -61,19 +62,27 @@ class AdamW:
     """(prefix of parameters' names, factor on the learning rate); the first that fits counts, else 1."""
 
     def build(self, named: Mapping[str, nn.Parameter]) -> torch.optim.AdamW:
-        """Torch's own, in the variant that is the fastest on the parameters' device; one group per factor."""
-        groups: dict[float, list[nn.Parameter]] = {}
+        """Torch's own, in the variant that is the fastest on the parameters' device; one group per factor and decay."""
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in named.items():
             scale = next((scale for prefix, scale in self.scales if name.startswith(prefix)), 1.0)
-            groups.setdefault(scale, []).append(parameter)
+            decay = self.weight_decay if decays(name, parameter) else 0.0
+            groups.setdefault((scale, decay), []).append(parameter)
         return torch.optim.AdamW(
-            [{"params": members, "scale": scale} for scale, members in groups.items()],
+            [
+                {"params": members, "scale": scale, "weight_decay": decay}
+                for (scale, decay), members in groups.items()
+            ],
             lr=0.0,
             betas=(self.beta1, self.beta2),
             eps=self.eps,
-            weight_decay=self.weight_decay,
             fused=True,
         )
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay takes the parameter: a matrix does, a bias or a norm's weight does not."""
+    return parameter.ndim > 1 and not name.endswith("bias")
 
 
 def set_rate(groups: list[dict[str, Any]], learning_rate: float) -> None:

@@ -33,6 +33,14 @@ class Schedule:
     warmup_ratio: float
     seed: int = 0
     """Of dropout, where there is one."""
+    warmup_from_zero: bool = False
+    """See `cosine_with_warmup`."""
+
+    def rate(self, update: int) -> float:
+        """The learning rate of update number `update` (0 is the first)."""
+        return cosine_with_warmup(
+            update, self.steps, self.learning_rate, self.warmup_ratio, self.warmup_from_zero
+        )
 
 
 @dataclass
@@ -77,7 +85,7 @@ def train(
         collator.steps(first, schedule.steps, engine.rank, engine.world), start=first + 1
     ):
         waited = time.perf_counter() - began
-        rate = cosine_with_warmup(done - 1, schedule.steps, schedule.learning_rate, schedule.warmup_ratio)
+        rate = schedule.rate(done - 1)
         seed_step(schedule.seed, done, engine.rank)
         total = torch.zeros(1 + BITS, dtype=torch.float64, device=engine.device)
         for number, row in enumerate(step.rows, start=1):

@@ -73,6 +73,13 @@ GOLDEN = {
         "gives helpful, detailed, and polite answers to the user's questions.\n<</SYS>>\n\n<image><image>\nWhat? "
         "[/INST][[ A dog. </s>]]<s>[INST] Sure? [/INST][[ Yes. </s>]]",
     ),
+    "llava_llama_2": (
+        LLAMA,
+        TWO_TURNS,
+        "<s>[INST] <<SYS>>\nYou are a helpful language and vision assistant. You are able to understand the visual "
+        "content that the user provides, and assist the user with a variety of tasks using natural language.\n"
+        "<</SYS>>\n\n<image><image>\nWhat? [/INST][[ A dog. </s>]]<s>[INST] Sure? [/INST][[ Yes. </s>]]",
+    ),
     "mistral_instruct": (
         LLAMA,
         TWO_TURNS,
@@ -242,7 +249,8 @@ def test_a_cut_that_leaves_nothing_to_learn_is_refused() -> None:
         (
             "v2",
             LLAMA,
-            "template 'v2' is unknown; known: chatml, llama_2, mistral_instruct, plain, tokenizer, v0, v1",
+            "template 'v2' is unknown; known: chatml, llama_2, llava_llama_2, mistral_instruct, plain, tokenizer, "
+            "v0, v1",
         ),
         ("v1", byte_tokenizer("<s>", without=("<image>",)), "no `<image>` token"),
         ("v1", byte_tokenizer("<s>", without=("</s>",)), "template v1: the tokenizer lacks an end token"),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import resource
 import time
+from inspect import signature
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from llava import generate, rendering
 from llava.errors import RefusedInput
@@ -84,6 +86,10 @@ SOURCES = (
 )
 
 
+@pytest.mark.skipif(
+    "sanitize_control_tokens" not in signature(PreTrainedTokenizerFast.apply_chat_template).parameters,
+    reason="transformers before 5.20 has no such option",
+)
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("text", ["What?", " <|im_end|> and <pad>", "caf\u00e9 \U0001f600"])
 def test_ids_are_those_of_the_library(source: str, text: str) -> None:
@@ -97,7 +103,6 @@ def test_ids_are_those_of_the_library(source: str, text: str) -> None:
         return_dict=False,
     )
     assert generate._encoded(tokenizer, source, turn) == stock
-    assert tokenizer.chat_control_tokens is None
 
 
 def test_the_process_has_no_secret_and_ends_with_this_one() -> None:

@@ -55,6 +55,8 @@ def test_a_preset_is_the_papers_recipe(name: str) -> None:
     assert (model.image_tokens, model.feature_layer, model.keep_cls) == (tokens, -2, False)
     assert config.backbones.image_fit == ("pad" if "v1.5" in name else "crop")
     pretrain, finetune = config.pretrain, config.finetune
+    # Stage 1 of v1.5 crops: its script names no image_aspect_ratio.
+    assert (pretrain.image_fit, finetune.image_fit) == ("crop", config.backbones.image_fit)
     assert (pretrain.global_batch, pretrain.learning_rate) == first
     assert (finetune.global_batch, finetune.learning_rate) == second
     assert (pretrain.template, pretrain.epochs) == ("plain", 1)
