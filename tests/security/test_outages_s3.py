@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -139,6 +140,13 @@ def test_a_server_that_refuses_connections_for_a_while_is_waited_for(
 ) -> None:
     back = proxy.away(0.3)
     assert call(store, tmp_path) is True
+    back.join()
+
+
+def test_a_file_system_for_another_process_is_as_patient(store: Store, proxy: FaultyProxy) -> None:
+    system, base = store.arrow()
+    back = proxy.away(3.0)
+    assert pickle.loads(pickle.dumps(system)).get_file_info(f"{base}/object").size == len(LARGE)
     back.join()
 
 

@@ -203,6 +203,13 @@ class S3Store(Store):
         """pyarrow's own S3 file system on the same endpoint, and bucket/prefix."""
         from pyarrow.fs import AwsDefaultS3RetryStrategy, S3FileSystem
 
+        class Patient(S3FileSystem):  # type: ignore[misc]
+            """One that another process, such as Ray's, does not make again without how often it tries."""
+
+            def __reduce__(self) -> Any:
+                return _arrow_of, (uri,)
+
+        uri = self.uri
         options: dict[str, Any] = {
             "connect_timeout": 5,
             "request_timeout": 30,
@@ -213,7 +220,7 @@ class S3Store(Store):
             options |= {"endpoint_override": parsed.netloc, "scheme": parsed.scheme, "region": region()}
         elif named := os.environ.get("AWS_REGION", os.environ.get("AWS_DEFAULT_REGION")):
             options["region"] = named
-        return S3FileSystem(**options), f"{self._bucket}/{self._prefix}".rstrip("/")
+        return Patient(**options), f"{self._bucket}/{self._prefix}".rstrip("/")
 
     def probe(self) -> None:
         """Write under the prefix with short timeouts; RefusedInput says what is wrong and what to set."""
@@ -298,6 +305,10 @@ class _HastyS3Store(S3Store):
     @property
     def _client(self) -> Any:
         return client(hasty=True)
+
+
+def _arrow_of(uri: str) -> Any:
+    return S3Store.from_uri(uri).arrow()[0]
 
 
 def _is_hidden(key: str) -> bool:

@@ -13,7 +13,7 @@ from components.contract.store.s3_errors import away, outage
 
 _PART = 32 << 20
 _PATIENCE = "llava-patience"
-_FIRST_PAUSE_OF_ARROW = 0.025
+_FIRST_PAUSE_OF_ARROW = 0.05
 
 _clients: dict[tuple[Any, ...], Any] = {}
 _clients_lock = threading.Lock()
