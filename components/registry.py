@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from components.contract import MANIFEST, Artifact, TrackingError, artifact_with, open_store, read_artifact
 from components.contract.database import checked, database_path, database_uri
+from components.contract.mlflow_client import client, made_once
 from components.contract.tracking import Tracking
 from llava.errors import LlavaError, RefusedInput
 
@@ -25,6 +26,9 @@ MODEL_URI, EVALUATION_URI = "artifact_uri", "evaluation_uri"
 """Tags of a version: the artifacts that it is made of, and where they lie."""
 BEFORE = "champion_before"
 """Tag of a champion: the version from which it took over; empty for the first, and after a rollback from it."""
+
+CALL_TAG = "llava_registration"
+"""Tag that names one call of `Registry.add`, by which its version is found where MLflow's answer was lost."""
 
 _NUMBER = re.compile(r"[0-9]{1,9}")
 _REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
@@ -133,7 +137,7 @@ class Registry:
     def by_alias(self, name: str, alias: str) -> Version | None:
         """The version that carries `alias`, or None."""
         with self._errors(missing=("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")):
-            return _version(_client(self.uri).get_model_version_by_alias(name, alias))
+            return _version(client(self.uri).get_model_version_by_alias(name, alias))
         return None
 
     def by_version(self, name: str, version: str) -> Version | None:
@@ -141,13 +145,13 @@ class Registry:
         if not _NUMBER.fullmatch(version):
             return None
         with self._errors(missing=("RESOURCE_DOES_NOT_EXIST",)):
-            return _version(_client(self.uri).get_model_version(name, version))
+            return _version(client(self.uri).get_model_version(name, version))
         return None
 
     def with_tag(self, name: str, key: str, value: str) -> list[Version]:
         """Versions of `name` whose tag `key` is `value`, the oldest first."""
         with self._errors():
-            found = _client(self.uri).search_model_versions(
+            found = client(self.uri).search_model_versions(
                 f"name = '{name}' and tags.`{key}` = '{value}'", max_results=1000
             )
         return sorted((_version(each) for each in found), key=lambda each: int(each.version))
@@ -158,39 +162,52 @@ class Registry:
         with self._errors():
             token = None
             while token != "":
-                page = _client(self.uri).search_model_versions("", max_results=1000, page_token=token)
+                page = client(self.uri).search_model_versions("", max_results=1000, page_token=token)
                 found += page
                 token = page.token or ""
         return [_version(each) for each in found]
 
     def add(self, name: str, source: str, run_id: str | None, tags: dict[str, str]) -> Version:
-        """A new version of `name`, which is made if it does not exist."""
-        client = _client(self.uri)
+        """A new version of `name`, which is made if it does not exist; one, even where MLflow's answer is lost."""
+        tags = tags | {CALL_TAG: uuid4().hex}
         with self._errors(missing=("RESOURCE_ALREADY_EXISTS",)):
-            client.create_registered_model(name)
+            client(self.uri).create_registered_model(name)
+
+        def make(mlflow: Any) -> str:
+            return str(mlflow.create_model_version(name, source, run_id=run_id, tags=tags).version)
+
+        def find(mlflow: Any) -> list[str]:
+            found = mlflow.search_model_versions(
+                f"name = '{name}' and tags.`{CALL_TAG}` = '{tags[CALL_TAG]}'"
+            )
+            return sorted((str(one.version) for one in found), key=int)
+
+        def undo(mlflow: Any, version: str) -> None:
+            mlflow.delete_model_version(name, version)
+
         with self._errors():
-            return _version(client.create_model_version(name, source, run_id=run_id, tags=tags))
+            return Version(name, made_once(self.uri, make, find, undo), source, tags)
 
     def tag(self, version: Version, tags: dict[str, str]) -> None:
         """Set tags of `version`."""
         with self._errors():
             for key, value in tags.items():
-                _client(self.uri).set_model_version_tag(version.name, version.version, key, value)
+                client(self.uri).set_model_version_tag(version.name, version.version, key, value)
 
     def name_as(self, version: Version, alias: str) -> None:
         """Let `alias` point to `version`, and to no other."""
         with self._errors():
-            _client(self.uri).set_registered_model_alias(version.name, alias, version.version)
+            client(self.uri).set_registered_model_alias(version.name, alias, version.version)
 
     def drop_alias(self, name: str, alias: str) -> None:
         """Take `alias` away."""
         with self._errors():
-            _client(self.uri).delete_registered_model_alias(name, alias)
+            client(self.uri).delete_registered_model_alias(name, alias)
 
     def has_run(self, run_id: str) -> bool:
         """Whether the MLflow run is one of this store's."""
         with self._errors(missing=("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")):
-            _client(self.uri).get_run(run_id)
+            client(self.uri).get_run(run_id)
             return True
         return False
 
@@ -206,13 +223,6 @@ class Registry:
                 return
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
             raise TrackingError(f"MLflow at {self.uri}: {reason}") from error
-
-
-@functools.lru_cache(maxsize=8)
-def _client(uri: str) -> Any:
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
 def _version(found: Any) -> Version:

@@ -22,6 +22,11 @@ def from_the_system(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in _SYSTEM
 
 
+def from_a_store(error: BaseException) -> bool:
+    """Whether S3 failed pyarrow, which says so in words only."""
+    return isinstance(error, OSError) and "AWS Error" in str(error)
+
+
 class LlavaError(Exception):
     """A failure with a message for the user: the thing, the place and the way out, in one line."""
 

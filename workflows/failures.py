@@ -13,7 +13,7 @@ from pathlib import Path
 
 from components.contract import printable
 from components.contract.secrets import redacted
-from llava.errors import LlavaError, RefusedInput, Terminated
+from llava.errors import LlavaError, RefusedInput, Terminated, from_a_store
 
 FAILED, REFUSED = LlavaError.exit_status, RefusedInput.exit_status
 KEPT, LONGEST = 20, 2000
@@ -96,6 +96,8 @@ def _expected(error: BaseException) -> tuple[str, int] | None:
         return _line("not enough memory", str(error)), FAILED
     if isinstance(error, OSError) and error.errno:
         return _of_system(error), REFUSED if error.errno in _OF_INPUT else FAILED
+    if from_a_store(error):
+        return _line("S3", str(error), "run the same command again once it answers"), FAILED
     for (module, name), (status, about) in _KNOWN.items():
         kind = getattr(sys.modules.get(module), name, None)
         if isinstance(kind, type) and isinstance(error, kind):

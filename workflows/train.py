@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from components.contract import Artifact, TrackedRun, Tracking, TrackingError, Workspace, open_store
+from components.contract.outages import hurried
 from components.contract.runner import Outcome
 from components.ray_cluster import connection
 from components.registry import tracking_uri
@@ -83,7 +84,7 @@ def running(config: WorkflowConfig, workspace: Workspace, kind: str) -> Iterator
             yield workflow
     except BaseException as error:
         stopped = isinstance(error, Preempted | Terminated | KeyboardInterrupt | SystemExit)
-        with contextlib.suppress(TrackingError):
+        with contextlib.suppress(TrackingError), hurried() if stopped else contextlib.nullcontext():
             parent.finish("KILLED" if stopped else "FAILED")
         raise
     parent.metrics(workflow.summary.scores)

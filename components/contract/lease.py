@@ -25,6 +25,7 @@ import psutil
 import pydantic
 from pydantic import Field
 
+from components.contract import outages
 from components.contract.store import Folder, StoreError
 from llava.errors import AlreadyRunning, LlavaError
 
@@ -34,6 +35,8 @@ _AFTER_A_RACE = 0.1
 TTL = 60.0
 _LARGEST = 1 << 16  # bytes of a lease
 _TRIES = 5
+_HURRY = 5.0
+"""Seconds, at least, that a renewal under way is waited for before the lease is let go."""
 
 
 class LeaseLost(LlavaError):
@@ -144,19 +147,26 @@ class Lease:
         """Stop renewing and let go. `forget` removes the file too, which only a finished artifact allows:
         elsewhere the next owner must find the token in order to raise it."""
         self._stop.set()
-        self._thread.join(timeout=self.ttl)
-        with self._lock:
-            if self._lost is not None:
-                return
-            try:
-                if forget:
-                    self._renew()
-                    self.folder.delete(LEASE)
-                else:
-                    self._renew(released=True)
-            except LeaseLost as lost:
-                self._lost = lost
-            self._lost = self._lost or LeaseLost(f"{self.folder.uri}: the lease was released")
+        patience = max(_HURRY, outages.seconds())
+        self._thread.join(patience)
+        if not self._lock.acquire(timeout=patience):
+            raise StoreError(f"{self.folder.uri}/{LEASE}: not returned, its store does not answer")
+        try:
+            if self._lost is None:
+                self._let_go(forget)
+        finally:
+            self._lock.release()
+
+    def _let_go(self, forget: bool) -> None:
+        try:
+            if forget:
+                self._renew()
+                self.folder.delete(LEASE)
+            else:
+                self._renew(released=True)
+        except LeaseLost as lost:
+            self._lost = lost
+        self._lost = self._lost or LeaseLost(f"{self.folder.uri}: the lease was released")
 
     def __enter__(self) -> Lease:
         return self
@@ -170,7 +180,10 @@ class Lease:
         for _ in range(_TRIES):
             record, version = self.guard.holds(_read(self.folder))
             record = record.model_copy(update={"expires": time.time() + self.ttl, "released": released})
-            if self.folder.swap(LEASE, _bytes(record), version):
+            if not self.folder.swap(LEASE, _bytes(record), version):
+                continue
+            # A store that was away may have been waited for longer than what was written lasts.
+            if released or record.expires - time.time() > self.ttl / 2:
                 return
         self.guard.check()
         raise StoreError(f"{self.folder.uri}/{LEASE}: changed {_TRIES} times while being renewed; try again")

@@ -27,6 +27,7 @@ from components.contract.manifest import (
     read_artifact,
     verify,
 )
+from components.contract.outages import hurried
 from components.contract.provenance import code_revision, versions
 from components.contract.store import Folder, StoreError
 from components.contract.tracking import PARENT_TAG, TrackedRun, TrackingError
@@ -150,7 +151,7 @@ def _held(plan: _Target) -> Iterator[leases.Lease]:
         finished = True
     finally:
         # Whatever happened inside matters more than a lease that could not be returned: it expires by itself.
-        with contextlib.suppress(LlavaError, OSError):
+        with contextlib.suppress(LlavaError, OSError), contextlib.nullcontext() if finished else hurried():
             lease.release(forget=finished)
 
 
@@ -181,9 +182,10 @@ def _make(plan: _Target, lease: leases.Lease) -> Artifact:
             component.run(job)
         artifact = _commit(plan, job, attempt, before[1] if before else None)
     except BaseException as error:
-        with contextlib.suppress(TrackingError):
+        stopped = isinstance(error, _STOPPED)
+        with contextlib.suppress(TrackingError), hurried() if stopped else contextlib.nullcontext():
             run.tags({"error": f"{type(error).__name__}: {error}"[:500]})
-            run.finish("KILLED" if isinstance(error, _STOPPED) else "FAILED")
+            run.finish("KILLED" if stopped else "FAILED")
         raise
     _close(plan, run, artifact.manifest)
     return artifact

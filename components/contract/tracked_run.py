@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from components.contract.console import say
-from components.contract.mlflow_client import client, errors, one_line
+from components.contract.mlflow_client import client, errors, impatient_client, one_line
 from components.contract.secrets import redacted
 
 METRICS_AT_ONCE = 1000  # MLflow's limits for one log_batch
@@ -22,6 +22,8 @@ DATASET_DIGEST_LENGTH = 36
 BACKLOG = 100_000  # metric values kept while the server is away
 PAUSE = 30.0  # seconds between tries while the server is away, so that training does not wait for it
 
+TABLES_TAG = "mlflow.loggedArtifacts"  # from it MLflow's pages know which files are tables
+
 MetricRow = tuple[str, float, int, int]
 
 
@@ -29,7 +31,7 @@ class TrackedRun:
     """One MLflow run. Picklable and cheap to attach to from another process.
 
     Metrics never stop the work: what the server does not take is kept and sent with a later call, and the
-    user is told once. Everything else raises TrackingError.
+    user is told once. Everything else waits while MLflow is away (`outages.py`), and then raises TrackingError.
     """
 
     def __init__(self, uri: str, run_id: str) -> None:
@@ -69,7 +71,7 @@ class TrackedRun:
         with self._lock:
             self._waiting += [(name, float(value), int(step), int(when)) for name, value, step, when in rows]
             if time.monotonic() >= self._not_before:
-                self._send()
+                self._send(impatient_client)
 
     def steps(self, name: str) -> set[int]:
         """The steps at which the run holds the metric `name`."""
@@ -99,9 +101,19 @@ class TrackedRun:
             self._client.log_figure(self.id, figure, name)
 
     def table(self, columns: Mapping[str, list[Any]], name: str) -> None:
-        """Upload a table, {column: values}, as `name` (such as "eval/answers.json")."""
+        """Upload a table, {column: values}, as `name` (such as "eval/answers.json"), over what stands there.
+
+        MLflow's own `log_table` appends: a table that was logged before a crash would be there twice.
+        """
+        from pandas import DataFrame
+
+        text = DataFrame(dict(columns)).to_json(orient="split", index=False, date_format="iso")
+        mark = {"path": name, "type": "table"}
         with errors(self.uri):
-            self._client.log_table(self.id, dict(columns), name)
+            self._client.log_text(self.id, text, name)
+            known = json.loads(self._client.get_run(self.id).data.tags.get(TABLES_TAG, "[]"))
+            if mark not in known:
+                self._client.set_tag(self.id, TABLES_TAG, json.dumps([*known, mark]))
 
     def image(self, image: Any, name: str) -> None:
         """Upload a PIL image as `name` (such as "eval/sample.png")."""
@@ -127,9 +139,9 @@ class TrackedRun:
             self._client.log_inputs(self.id, datasets=[DatasetInput(entry)])
 
     def finish(self, status: str = "FINISHED") -> None:
-        """End the run: FINISHED, FAILED or KILLED. Metrics that still wait are tried once more."""
+        """End the run: FINISHED, FAILED or KILLED. Metrics that are left are sent; while MLflow is away they wait."""
         with self._lock:
-            self._send()
+            self._send(client)
             if self._waiting:
                 say(f"MLflow at {self.uri} never took {len(self._waiting)} metric values of run {self.id}")
         with errors(self.uri):
@@ -139,7 +151,7 @@ class TrackedRun:
     def _client(self) -> Any:
         return client(self.uri)
 
-    def _send(self) -> None:
+    def _send(self, client: Callable[[str], Any]) -> None:
         if not self._waiting:
             return
         from mlflow.entities import Metric
@@ -148,7 +160,7 @@ class TrackedRun:
             while self._waiting:
                 batch = self._waiting[:METRICS_AT_ONCE]
                 metrics = [Metric(name, value, when, step) for name, value, step, when in batch]
-                self._client.log_batch(self.id, metrics=metrics)
+                client(self.uri).log_batch(self.id, metrics=metrics)
                 del self._waiting[: len(batch)]
         except Exception as error:
             del self._waiting[:-BACKLOG]

@@ -8,14 +8,19 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from typing import Any
+from uuid import uuid4
 
 from components.contract.database import check_writable, checked, database_path, database_uri, is_new
-from components.contract.mlflow_client import TrackingError, client, errors
+from components.contract.mlflow_client import TrackingError, client, errors, made_once
+from components.contract.outages import hurried
 from components.contract.secrets import refuse_secrets
 from components.contract.tracked_run import TAG_LENGTH, TrackedRun
 from llava.errors import RefusedInput
 
 PARENT_TAG = "mlflow.parentRunId"
+CALL_TAG = "llava_start"
+"""Names one call of `Tracking.start`, by which its run is found where MLflow's answer was lost."""
+_TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 _DATABASES = ("sqlite:", "postgresql", "mysql", "mssql")
 
 
@@ -45,22 +50,21 @@ class Tracking:
 
         A database that is not there yet is only tried for whether it can be made: the first run makes it.
         """
-        quick = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
-        before = {name: os.environ.get(name) for name in quick}
+        before = os.environ.get(_TIMEOUT)
         check_writable(self.uri)
         if is_new(self.uri):
             return
-        os.environ.update(quick)
+        os.environ[_TIMEOUT] = "5"
         try:
             self._experiment_id = None
-            _ = self.experiment_id
+            with hurried():
+                _ = self.experiment_id
         except TrackingError as error:
             raise RefusedInput(
                 f"{error}: start that MLflow server or correct the tracking URI (a local one: sqlite:///mlflow.db)"
             ) from None
         finally:
-            for name, value in before.items():
-                os.environ.pop(name) if value is None else os.environ.update({name: value})
+            os.environ.pop(_TIMEOUT) if before is None else os.environ.update({_TIMEOUT: before})
 
     @property
     def experiment_id(self) -> str:
@@ -84,8 +88,7 @@ class Tracking:
         if parent is not None:
             first[PARENT_TAG] = parent.id
         with errors(self.uri):
-            made = client(self.uri).create_run(self.experiment_id, run_name=name, tags=first)
-        run = TrackedRun(self.uri, made.info.run_id)
+            run = TrackedRun(self.uri, self._start(name, first))
         if params:
             run.params(params)
         return run
@@ -106,6 +109,22 @@ class Tracking:
         with errors(self.uri):
             client(self.uri).update_run(run_id, status="RUNNING")
         return TrackedRun(self.uri, run_id)
+
+    def _start(self, name: str, tags: dict[str, str]) -> str:
+        """The id of a new run: one, even where MLflow's answer is lost."""
+        experiment, call = self.experiment_id, uuid4().hex
+
+        def make(mlflow: Any) -> str:
+            run_id: str = mlflow.create_run(
+                experiment, run_name=name, tags=tags | {CALL_TAG: call}
+            ).info.run_id
+            return run_id
+
+        def find(mlflow: Any) -> list[str]:
+            found = mlflow.search_runs([experiment], f"tags.`{CALL_TAG}` = '{call}'")
+            return sorted(run.info.run_id for run in found)
+
+        return made_once(self.uri, make, find, lambda mlflow, run_id: mlflow.delete_run(run_id))
 
     def _find_or_make(self) -> str:
         from mlflow.exceptions import MlflowException

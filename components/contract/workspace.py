@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from components.contract import outages
 from components.contract.console import Console
 from components.contract.lease import TTL
 from components.contract.store import Store
@@ -35,5 +36,6 @@ class Workspace:
                 f"root {self.store.uri} is a folder and MLflow is a server ({self.tracking.uri}), which "
                 "refuses to register models from local folders: give an s3:// root or a database (sqlite:///mlflow.db)"
             )
+        outages.seconds()
         self.store.probe()
         self.tracking.check()

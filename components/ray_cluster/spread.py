@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 from components.contract.component import Job
 from components.contract.pace import SAY_EVERY_SECONDS, Due, duration
-from components.contract.store import StoreError
 from llava.errors import LlavaError, RefusedInput
 
 RETRIES = 3
@@ -20,9 +19,9 @@ PLACED: dict[str, Any] = {
     "num_cpus": 1,
     "max_retries": RETRIES,
     "scheduling_strategy": "SPREAD",
-    "retry_exceptions": [OSError, StoreError],
+    "retry_exceptions": [OSError],
 }
-"""How Ray runs a piece: one CPU, over all nodes, tried again where a process or the store fails."""
+"""How Ray runs a piece: one CPU, over all nodes, again where a process or a disk fails."""
 
 Shared = TypeVar("Shared")
 Piece = TypeVar("Piece")

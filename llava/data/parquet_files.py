@@ -12,13 +12,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llava.errors import RefusedInput
+from llava.errors import RefusedInput, from_a_store
 
 _ENTRIES, _DEEPEST = 10_000, 64
 """Row groups or columns of a file; levels of a column."""
 _STACK = 64 * 2**20
 """Bytes, eight times what the deepest column of `_ENTRIES` takes: pyarrow reads a schema by recursion, in C++."""
-_OF_A_STORE = "AWS Error"
 _turn = threading.Lock()
 
 
@@ -33,7 +32,7 @@ def damage_told(where: str) -> Iterator[None]:
     except MemoryError:
         raise
     except (pa.ArrowException, RecursionError, UnicodeDecodeError, OSError) as error:
-        if isinstance(error, OSError) and (error.errno or _OF_A_STORE in str(error)):
+        if isinstance(error, OSError) and (error.errno or from_a_store(error)):
             raise
         reason = " ".join(str(error).split())[:300]
         raise RefusedInput(f"{where} is no Parquet file that can be read: {reason}") from error

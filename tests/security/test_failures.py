@@ -54,6 +54,13 @@ def of_a_task(error: Exception) -> RayTaskError:
 
 
 EXPECTED = {
+    "S3 that failed pyarrow": (
+        OSError(
+            "When reading information for key 'x': AWS Error NETWORK_CONNECTION during HeadObject: curlCode: 7"
+        ),
+        1,
+        "S3: When reading information for key 'x': AWS Error NETWORK_CONNECTION",
+    ),
     "disk full": (
         OSError(errno.ENOSPC, "No space left on device", "/data/x"),
         1,

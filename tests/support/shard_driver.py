@@ -13,7 +13,7 @@ from components.contract.tracking import Tracking
 from components.shard import Shard, ShardSettings
 from llava.errors import LlavaError
 
-PASSED_ON = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_MAX_ATTEMPTS")
+PASSED_ON = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "LLAVA_OUTAGE_SECONDS")
 
 
 def main() -> None:

@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import re
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlparse
 from uuid import uuid4
 
+from components.contract import outages
+from components.contract.outages import Patience
 from components.contract.store.base import SCRATCH, Entry, Stat, Store, StoreError, check_key
+from components.contract.store.s3_client import broken, client, region, service, transfer, tries_of_arrow
 from components.contract.store.s3_errors import (
+    away,
     connection_reason,
     missing_is_none,
     no_bucket,
+    outage,
     reason,
     status,
 )
@@ -31,14 +34,10 @@ from llava.errors import RefusedInput
 
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _WRITER = "llava-writer"  # metadata: tells our own write, whose answer was lost, from another writer's
-_PART = 32 << 20
 _AT_ONCE = 1000  # S3's limit for one request that lists or deletes
 _CONFLICTS = 8
-_TRIES = 9
-"""Tries of one request: pauses double, from half a second on the average to a minute, two minutes in all."""
 
-_clients: dict[tuple[Any, ...], Any] = {}
-_clients_lock = threading.Lock()
+Result = TypeVar("Result")
 
 
 class S3Store(Store):
@@ -62,10 +61,14 @@ class S3Store(Store):
 
     def fetch(self, key: str, most: int | None = None) -> tuple[bytes, str] | None:
         """Bytes and ETag from one answer, so that they belong together."""
-        with self._errors(key), missing_is_none():
+
+        def whole() -> tuple[bytes, str]:
             answer = self._client.get_object(**self._at(key))
             self._bound(key, answer["ContentLength"], most)
             return answer["Body"].read(), answer["ETag"]
+
+        with self._errors(key), missing_is_none():
+            return self._persist(whole)
         return None
 
     def write(self, key: str, data: bytes) -> None:
@@ -115,18 +118,25 @@ class S3Store(Store):
         entries = iter(tuple(self._objects(f"{check_key(folder)}/" if folder else "")))
         with self._errors(prefix):
             while batch := [{"Key": self._base + entry.key} for entry in islice(entries, _AT_ONCE)]:
-                answer = self._client.delete_objects(
-                    Bucket=self._bucket, Delete={"Objects": batch, "Quiet": True}
-                )
-                for failed in answer.get("Errors", ()):
-                    raise StoreError(
-                        f"s3://{self._bucket}/{failed['Key']}: not deleted: {failed.get('Message')}"
-                    )
+                self._delete_some(batch)
+
+    def _delete_some(self, batch: Sequence[dict[str, str]]) -> None:
+        """One request; the answer says for each object whether it is gone, and some may have to be asked again."""
+        patience = Patience(service())
+        while batch:
+            answer = self._client.delete_objects(
+                Bucket=self._bucket, Delete={"Objects": batch, "Quiet": True}
+            )
+            failed = answer.get("Errors", ())
+            for one in failed:
+                if not (away(0, one.get("Code", "")) and patience.wait(one["Code"])):
+                    raise StoreError(f"s3://{self._bucket}/{one['Key']}: not deleted: {one.get('Message')}")
+            batch = [{"Key": one["Key"]} for one in failed]
 
     def upload(self, path: Path | str, key: str) -> None:
         """Upload in parts where the file is large."""
         with self._errors(key):
-            self._client.upload_file(str(path), **self._at(key), Config=_transfer())
+            self._persist(lambda: self._client.upload_file(str(path), **self._at(key), Config=transfer()))
 
     def download(self, key: str, path: Path | str) -> None:
         """Download in parts beside `path`, then rename."""
@@ -135,7 +145,11 @@ class S3Store(Store):
         temporary = goal.parent / f"{SCRATCH}{uuid4().hex}"
         try:
             with self._errors(key):
-                self._client.download_file(**self._at(key), Filename=str(temporary), Config=_transfer())
+                self._persist(
+                    lambda: self._client.download_file(
+                        **self._at(key), Filename=str(temporary), Config=transfer()
+                    )
+                )
             temporary.replace(goal)
         finally:
             temporary.unlink(missing_ok=True)
@@ -143,27 +157,28 @@ class S3Store(Store):
     def copy(self, source: Store, key: str, to: str) -> None:
         """Copied by the server, in parts where the object is large."""
         assert isinstance(source, S3Store)
+        origin = source._at(key)
         with self._errors(to):
-            self._client.copy(source._at(key), **self._at(to), Config=_transfer())
+            self._persist(lambda: self._client.copy(origin, **self._at(to), Config=transfer()))
 
     def chunks(self, key: str, size: int = 8 << 20) -> Iterator[bytes]:
         """The object's bytes as they arrive; a stream that breaks goes on where it ended, in the same object."""
-        from botocore.exceptions import IncompleteReadError, ReadTimeoutError, ResponseStreamingError
+        from botocore.exceptions import BotoCoreError
 
         with self._errors(key):
             answer = self._client.get_object(**self._at(key))
             version, length = answer["ETag"], answer["ContentLength"]
-            got = broken = 0
+            patience, got = Patience(service()), 0
             while got < length:
                 try:
                     for chunk in answer["Body"].iter_chunks(size):
-                        got, broken = got + len(chunk), 0
+                        got += len(chunk)
+                        patience.advanced()
                         yield chunk
-                except (IncompleteReadError, ReadTimeoutError, ResponseStreamingError):
-                    broken += 1
-                    if broken >= _tries():
+                except BotoCoreError as error:
+                    why = outage(error)
+                    if why is None or not patience.wait(why):
                         raise
-                    time.sleep(min(60.0, random.random() * 2 ** (broken - 1)))
                     answer = self._rest(key, got, length, version)
 
     def _rest(self, key: str, start: int, length: int, version: str) -> Any:
@@ -188,18 +203,24 @@ class S3Store(Store):
         """pyarrow's own S3 file system on the same endpoint, and bucket/prefix."""
         from pyarrow.fs import AwsDefaultS3RetryStrategy, S3FileSystem
 
+        class Patient(S3FileSystem):  # type: ignore[misc]
+            """One that another process, such as Ray's, does not make again without how often it tries."""
+
+            def __reduce__(self) -> Any:
+                return _arrow_of, (uri,)
+
+        uri = self.uri
         options: dict[str, Any] = {
             "connect_timeout": 5,
             "request_timeout": 30,
-            # Pauses double from 25 ms: two tries more make it about a minute.
-            "retry_strategy": AwsDefaultS3RetryStrategy(max_attempts=_tries() + 2),
+            "retry_strategy": AwsDefaultS3RetryStrategy(max_attempts=tries_of_arrow()),
         }
         if endpoint := os.environ.get("AWS_ENDPOINT_URL"):
             parsed = urlparse(endpoint)
-            options |= {"endpoint_override": parsed.netloc, "scheme": parsed.scheme, "region": _region()}
-        elif region := os.environ.get("AWS_REGION", os.environ.get("AWS_DEFAULT_REGION")):
-            options["region"] = region
-        return S3FileSystem(**options), f"{self._bucket}/{self._prefix}".rstrip("/")
+            options |= {"endpoint_override": parsed.netloc, "scheme": parsed.scheme, "region": region()}
+        elif named := os.environ.get("AWS_REGION", os.environ.get("AWS_DEFAULT_REGION")):
+            options["region"] = named
+        return Patient(**options), f"{self._bucket}/{self._prefix}".rstrip("/")
 
     def probe(self) -> None:
         """Write under the prefix with short timeouts; RefusedInput says what is wrong and what to set."""
@@ -210,7 +231,11 @@ class S3Store(Store):
 
     @property
     def _client(self) -> Any:
-        return _client(hasty=False)
+        return client(hasty=False)
+
+    def _persist(self, call: Callable[[], Result]) -> Result:
+        """`call` again where the body of an answer broke, or a transfer in parts cannot go on."""
+        return outages.persist(service(), call, broken)
 
     def _at(self, key: str) -> dict[str, str]:
         return {"Bucket": self._bucket, "Key": self._base + check_key(key)}
@@ -279,51 +304,11 @@ class _HastyS3Store(S3Store):
 
     @property
     def _client(self) -> Any:
-        return _client(hasty=True)
+        return client(hasty=True)
 
 
-def _client(hasty: bool) -> Any:
-    """One client per environment: boto's clients are safe to share between threads, making one is not."""
-    names = (
-        "AWS_ENDPOINT_URL",
-        "AWS_ACCESS_KEY_ID",
-        "AWS_SECRET_ACCESS_KEY",
-        "AWS_SESSION_TOKEN",
-        "AWS_PROFILE",
-        "AWS_MAX_ATTEMPTS",
-    )
-    environment = tuple(os.environ.get(name) for name in names)
-    key = (os.getpid(), hasty, *environment)
-    with _clients_lock:
-        if key not in _clients:
-            import boto3
-            from botocore.config import Config
-
-            config = Config(
-                connect_timeout=2 if hasty else 3,
-                read_timeout=4 if hasty else 30,
-                # boto's newer modes begin with milliseconds and share a quota of retries among all requests of a
-                # process, which a store that is away for seconds uses up.
-                retries={"mode": "legacy", "total_max_attempts": 1 if hasty else _tries()},
-                max_pool_connections=16,
-                s3={"addressing_style": "path"} if environment[0] else None,
-            )
-            _clients[key] = boto3.Session().client("s3", config=config, region_name=_region())
-        return _clients[key]
-
-
-def _tries() -> int:
-    return int(os.environ.get("AWS_MAX_ATTEMPTS", _TRIES))
-
-
-def _region() -> str:
-    return os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-
-
-def _transfer() -> Any:
-    from boto3.s3.transfer import TransferConfig
-
-    return TransferConfig(multipart_threshold=2 * _PART, multipart_chunksize=_PART, max_concurrency=4)
+def _arrow_of(uri: str) -> Any:
+    return S3Store.from_uri(uri).arrow()[0]
 
 
 def _is_hidden(key: str) -> bool:

@@ -7,6 +7,22 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from components.contract.outages import CUT, brief, chain
+
+_AWAY = frozenset((408, 429, 500, 502, 503, 504, 509))
+_AWAY_CODES = frozenset(
+    (
+        "BadDigest",
+        "InternalError",
+        "RequestThrottledException",
+        "RequestTimeout",
+        "ServiceUnavailable",
+        "SlowDown",
+        "Throttling",
+        "ThrottlingException",
+    )
+)
+
 
 @contextlib.contextmanager
 def missing_is_none() -> Iterator[None]:
@@ -41,6 +57,34 @@ def reason(error: Any, bucket: str) -> str:
     return f"the S3 server answers {status(error)} {code} {message}".rstrip()
 
 
+def outage(error: BaseException) -> str | None:
+    """Why the server did not answer, in a few words; None for every other error."""
+    from boto3.exceptions import RetriesExceededError
+    from botocore import exceptions as boto
+
+    if isinstance(error, boto.ClientError):
+        code = error.response.get("Error", {}).get("Code", "")
+        return f"HTTP {status(error)} {code}".rstrip() if away(status(error), code) else None
+    cut = (
+        boto.ConnectionClosedError,
+        boto.IncompleteReadError,
+        boto.ResponseStreamingError,
+        boto.ChecksumError,
+        boto.FlexibleChecksumError,
+        RetriesExceededError,
+    )
+    if isinstance(error, cut):
+        return CUT
+    if isinstance(error, boto.ConnectionError | boto.ReadTimeoutError):
+        return brief(chain(error))
+    return None
+
+
+def away(http_status: int, code: str) -> bool:
+    """Whether an answer with that status and S3's code for the error means that another try may do better."""
+    return http_status in _AWAY or code in _AWAY_CODES
+
+
 def connection_reason(error: Exception) -> str:
     from botocore.exceptions import CredentialRetrievalError, NoCredentialsError, PartialCredentialsError
 
@@ -48,4 +92,8 @@ def connection_reason(error: Exception) -> str:
     if isinstance(error, NoCredentialsError | PartialCredentialsError | CredentialRetrievalError):
         return "no AWS credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or a role or profile)"
     where = f"AWS_ENDPOINT_URL={endpoint}" if endpoint else "AWS itself, since AWS_ENDPOINT_URL is not set"
+    if outage(error) == CUT:
+        return (
+            f"answers of {where} break off in the middle: run the same command again, or see to the network"
+        )
     return f"no answer from {where}: set AWS_ENDPOINT_URL to a running S3 server ({type(error).__name__})"

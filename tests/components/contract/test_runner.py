@@ -272,7 +272,7 @@ def test_commit_stands_when_mlflow_goes_away_at_the_end(
     class Last(Count):
         def run(self, job: Any) -> None:
             super().run(job)
-            monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+            monkeypatch.setenv("LLAVA_OUTAGE_SECONDS", "0")
             self.real, job.run.uri = job.run.uri, "http://127.0.0.1:9"
 
     component = Last()
@@ -282,6 +282,18 @@ def test_commit_stands_when_mlflow_goes_away_at_the_end(
     assert _count(on_folder).reused
     (child,) = _children(on_folder)
     assert child.info.status == "FINISHED" and child.data.metrics == {"count/parts": 3.0}
+
+
+def test_an_interrupt_while_mlflow_is_away_ends_at_once(on_folder: Workspace) -> None:
+    class Interrupted(Count):
+        def run(self, job: Any) -> None:
+            job.run.uri = "http://127.0.0.1:9"
+            raise KeyboardInterrupt
+
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_component(Interrupted(), CountSettings(), {}, on_folder)
+    assert time.monotonic() - started < 10
 
 
 def test_cluster_is_joined_only_to_make_what_needs_it(on_folder: Workspace) -> None:
@@ -302,6 +314,14 @@ def test_folder_root_with_a_tracking_server_is_refused_before_start(folder_root:
         Workspace(open_store(folder_root), Tracking("http://127.0.0.1:9")).check()
 
 
+def test_a_time_to_wait_that_is_no_number_is_refused_before_start(
+    on_folder: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLAVA_OUTAGE_SECONDS", "2 min")
+    with pytest.raises(RefusedInput, match=r"LLAVA_OUTAGE_SECONDS=2 min: give seconds, from 0 to 86400"):
+        on_folder.check()
+
+
 def test_workspace_check_passes_on_working_servers(s3_root: str, mlflow_uri: str) -> None:
     started = time.monotonic()
     Workspace(open_store(s3_root), Tracking(mlflow_uri, f"test-{uuid4().hex[:8]}")).check()
@@ -310,7 +330,7 @@ def test_workspace_check_passes_on_working_servers(s3_root: str, mlflow_uri: str
 
 @pytest.mark.services
 def test_absent_mlflow_stops_the_run_with_its_uri(folder_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("LLAVA_OUTAGE_SECONDS", "0")
     workspace = Workspace(
         open_store(folder_root),
         Tracking("http://127.0.0.1:9"),

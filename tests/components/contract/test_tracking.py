@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 from components.contract import TrackedRun, Tracking
-from components.contract.tracked_run import BACKLOG, flatten
+from components.contract.tracked_run import BACKLOG, TABLES_TAG, flatten
 from llava.errors import RefusedInput
 
 
@@ -114,6 +115,22 @@ def test_server_keeps_files_of_every_kind_on_s3(mlflow_uri: str, s3_env: object,
     }  # fmt: skip
 
 
+def test_a_table_that_is_logged_again_takes_the_place_of_the_first(
+    tracking: Tracking, tmp_path: Path
+) -> None:
+    from mlflow import MlflowClient
+
+    run = tracking.start("evaluate")
+    for answer in ("2", "3"):
+        run.table({"question": ["how many?"], "answer": [answer]}, "eval/answers.json")
+    client = MlflowClient(tracking_uri=tracking.uri)
+    found = json.loads(
+        Path(client.download_artifacts(run.id, "eval/answers.json", str(tmp_path))).read_text()
+    )
+    assert found == {"columns": ["question", "answer"], "data": [["how many?", "3"]]}
+    assert json.loads(_run(run).data.tags[TABLES_TAG]) == [{"path": "eval/answers.json", "type": "table"}]
+
+
 def test_worker_process_logs_into_the_run_it_attached_to(mlflow_uri: str) -> None:
     tracking = Tracking(mlflow_uri, f"test-{uuid4().hex[:8]}")
     run = tracking.start("train")
@@ -160,7 +177,7 @@ def test_deleted_experiment_says_how_to_restore_it(tracking: Tracking) -> None:
 def test_server_that_is_away_costs_metrics_one_warning_and_no_failure(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("LLAVA_OUTAGE_SECONDS", "0")
     run = TrackedRun.attach("http://127.0.0.1:9", uuid4().hex)
     started = time.monotonic()
     for step in range(200):

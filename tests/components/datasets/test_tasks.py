@@ -140,7 +140,7 @@ def test_a_store_that_stays_away_ends_the_run_resumably_and_one_that_comes_back_
         run = partial(driver, ray_local, mlflow_db, root, tmp_path, settings)
         with contextlib.ExitStack() as stack:
             with server():
-                process = stack.enter_context(run(AWS_MAX_ATTEMPTS="2"))
+                process = stack.enter_context(run(LLAVA_OUTAGE_SECONDS="1"))
                 wait_for(lambda: finished() > 3, process)
             _, error = process.communicate(timeout=120)
             assert process.returncode == 1

@@ -45,7 +45,7 @@ def test_a_step_of_which_only_some_metrics_arrived_is_completed(mlflow_db: str) 
 
 
 def test_metrics_wait_while_mlflow_is_away(mlflow_db: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("LLAVA_OUTAGE_SECONDS", "0")
     run = Tracking(mlflow_db, "record").start("finetune")
     away, run.uri = run.uri, "http://127.0.0.1:9"
     log = MetricLog(run)

@@ -63,7 +63,7 @@ def test_an_object_that_changed_while_it_was_read_is_an_error_that_says_so(
 def test_a_server_that_stays_away_ends_the_stream_in_one_line(
     own_s3: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
+    monkeypatch.setenv("LLAVA_OUTAGE_SECONDS", "1")
     told = r"streams/object: no answer from AWS_ENDPOINT_URL="
     with begun(own_s3, monkeypatch) as (_, _, _, chunks, _), pytest.raises(StoreError, match=told):
         list(chunks)

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from components.contract import open_store
-from components.contract.store import StoreError, s3
+from components.contract.store import StoreError, s3, s3_client
 from llava.errors import RefusedInput
 
 
@@ -145,7 +145,7 @@ def test_listing_and_deleting_go_past_one_page_of_s3(s3_root: str, monkeypatch: 
 
 
 def test_large_files_go_in_parts(s3_root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3, "_PART", 5 << 20)  # S3's smallest part
+    monkeypatch.setattr(s3_client, "_PART", 5 << 20)  # S3's smallest part
     source = tmp_path / "large"
     source.write_bytes(bytes(11 << 20))
     store = open_store(s3_root)
