@@ -32,7 +32,7 @@ class Finetune(TrainingStage):
     """Takes `model` and `dataset` (conversations), gives the LLaVA."""
 
     name: ClassVar[str] = "finetune"
-    version: ClassVar[str] = "2"
+    version: ClassVar[str] = "3"
     Settings = FinetuneSettings
     trains: ClassVar[tuple[str, ...]] = ("projector", "language_model")
     view: ClassVar[str] = "conversations"

@@ -34,7 +34,7 @@ class Pretrain(TrainingStage):
     """Takes `model` and `dataset` (captions), gives a model with a trained projector."""
 
     name: ClassVar[str] = "pretrain"
-    version: ClassVar[str] = "2"
+    version: ClassVar[str] = "3"
     Settings = PretrainSettings
     trains: ClassVar[tuple[str, ...]] = ("projector",)
     view: ClassVar[str] = "captions"
