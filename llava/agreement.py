@@ -40,10 +40,10 @@ def agree(folder: Path, config: Any, processor: Any) -> None:
 
 def features(config: Any) -> int:
     """Features that the tower gives for one picture. Raises `RefusedInput` for a tower that is not known."""
-    vision = config.vision_config
-    before = family_of(vision.model_type).before_patches
+    vision: Any = config.vision_config
+    before: int = family_of(vision.model_type).before_patches
     dropped = config.vision_feature_select_strategy == "default"
-    return int((vision.image_size // vision.patch_size) ** 2) + before - dropped
+    return int((vision.image_size // vision.patch_size) ** 2 + before - dropped)
 
 
 def _layers(config: Any) -> str | None:

@@ -162,11 +162,12 @@ def template_name(processor: Any) -> str | None:
 
 def _written_by(processor: Any) -> tuple[str, bool] | None:
     """The template's name, and whether an earlier version wrote it, with a begin token that the tokenizer adds, too."""
+    ways = (False, True) if adds_begin(processor.tokenizer) else (False,)
     for name in NAMES:
         try:
-            for joined in (False, True):
+            for joined in ways:
                 if processor.chat_template == chat_template(name, processor.tokenizer, joined):
-                    return name, joined and adds_begin(processor.tokenizer)
+                    return name, joined
         except RefusedInput:
             assert name == OWN
     return None

@@ -63,15 +63,15 @@ class TextTokenizer:
         self.special = frozenset(n for n, text in special.items() if not (harmless and text == unknown))
         self._any_special = re.compile(any_of(special.values()))
         normalizer, pre_tokenizer = _state(backend.normalizer), _state(backend.pre_tokenizer)
-        begin = _plain(backend, normalizer, pre_tokenizer, kept.values())
+        first = _plain(backend, normalizer, pre_tokenizer, kept.values())
         inside = _plain(backend, _unprefixed(normalizer), _unprefixed(pre_tokenizer), kept.values())
         first_only = _holds(pre_tokenizer, "prepend_scheme", "first")
         self._at = {
-            Position.BEGIN: begin,
-            Position.AFTER_SPECIAL: inside if first_only else begin,
+            Position.BEGIN: first,
+            Position.AFTER_SPECIAL: inside if first_only else first,
             Position.INSIDE: inside,
         }
-        numbers = {begin.token_to_id(token.content): number for number, token in kept.items()}
+        numbers = {first.token_to_id(token.content): number for number, token in kept.items()}
         self._renumbered = {new: old for new, old in numbers.items() if new != old}
         if any(backend.model.id_to_token(new) is not None for new in self._renumbered):
             raise RefusedInput("the tokenizer's vocabulary has gaps: number its tokens without any, from 0")

@@ -50,8 +50,11 @@ def show(summary: Summary, workspace: Workspace) -> None:
 
 def _linear_in_vllm(uri: str) -> str | None:
     """The option with which vLLM loads the model, where it needs one."""
-    config = json.loads(read_artifact(open_store(uri)).folder.read("model/config.json"))
-    if config["projector_hidden_act"] != "linear":
+    found = read_artifact(open_store(uri))
+    if (
+        found is None
+        or json.loads(found.folder.read("model/config.json"))["projector_hidden_act"] != "linear"
+    ):
         return None
     other = {"projector_hidden_act": "torch.nn.modules.linear.Identity"}
     return shlex.join(["--hf-overrides", json.dumps(other)])
