@@ -63,11 +63,11 @@ def test_a_comment_or_a_docstring_is_no_change(tree: Path) -> None:
 
 
 def test_a_raised_version_is_recorded_too(tree: Path) -> None:
-    edit(tree / "components/pretrain.py", 'version: ClassVar[str] = "2"', 'version: ClassVar[str] = "3"')
+    edit(tree / "components/pretrain.py", 'version: ClassVar[str] = "3"', 'version: ClassVar[str] = "4"')
     clear(tree)
     (told,) = versions.faults(tree)
-    assert told.startswith("pretrain: components/pretrain.py changed since version 2")
-    assert '"version": "3"' in told
+    assert told.startswith("pretrain: components/pretrain.py changed since version 3")
+    assert '"version": "4"' in told
 
 
 def clear(tree: Path) -> None:
