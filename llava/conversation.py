@@ -12,7 +12,7 @@ from functools import reduce
 from typing import Any
 
 from llava.errors import BadSample, RefusedInput
-from llava.templates import SYSTEM, Template, split_lead, template
+from llava.templates import SYSTEM, Template, adds_begin, split_lead, template
 from llava.text_tokenizer import IMAGE, Position, TextTokenizer
 
 IGNORE = -100
@@ -40,13 +40,22 @@ class Encoder:
     Raises `RefusedInput` for an unknown template and for one that the tokenizer cannot write.
     """
 
-    def __init__(self, tokenizer: Any, template_name: str, image_tokens: int, max_length: int | None = None):
+    def __init__(
+        self,
+        tokenizer: Any,
+        template_name: str,
+        image_tokens: int,
+        max_length: int | None = None,
+        joined: bool = False,
+    ):
+        """`joined`: the text after the begin token is encoded as following it, as earlier versions did."""
         row = template(template_name, tokenizer)
         self.tokenizer = tokenizer
         self.template = _with_tokens(row, tokenizer)
         self.image_tokens = image_tokens
         self.max_length = max_length
-        self.pieces = TextTokenizer(tokenizer)
+        begin = tokenizer.bos_token if adds_begin(tokenizer) and not joined else None
+        self.pieces = TextTokenizer(tokenizer, begin)
         self.image_id = self.pieces.image_id
         self._slot = [self.image_id] * image_tokens
         self._check_markup()

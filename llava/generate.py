@@ -20,8 +20,11 @@ from llava.conversation import IGNORE, Encoder
 from llava.errors import RefusedInput
 from llava.pixels import blank_picture
 from llava.rendering import RenderingError
-from llava.templates import NAMES, OWN, chat_template
+from llava.templates import NAMES, OWN, adds_begin, chat_template, is_chat
 from llava.text_tokenizer import IMAGE
+
+_TRIED = 500_000_000
+"""Parameters of the layers that answer a trial question."""
 
 
 def load(folder: str | Path, device: str = "cpu") -> tuple[Any, Any]:
@@ -39,19 +42,44 @@ def load(folder: str | Path, device: str = "cpu") -> tuple[Any, Any]:
         saved = llava.model.dtype_of(llava.model.load_config(folder))
     model: Any = llava.model.load(folder, torch.float32 if on_cpu else saved)
     processor = llava.model.load_processor(folder)
+    model = model.to(device)
+    _make_ready(folder, model, processor)
+    return model, processor
+
+
+def _make_ready(folder: Path, model: Any, processor: Any) -> None:
+    """Greedy, with the folder's own end and padding; one answer to a blank picture is tried."""
     # A folder may ask for sampling, penalties or beams; only where an answer ends is taken from it.
-    tokenizer = processor.tokenizer
+    tokenizer, vocabulary = processor.tokenizer, model.config.text_config.vocab_size
     end = model.generation_config.eos_token_id
     end = tokenizer.eos_token_id if end is None else end
+    ends = end if isinstance(end, list) else [end]
     if end is None:
         raise RefusedInput(f"{folder} names no end token: set eos_token_id in generation_config.json")
+    if any(one >= vocabulary for one in ends):
+        raise RefusedInput(
+            f"{folder}: eos_token_id is {end} in generation_config.json, the model has {vocabulary}"
+        )
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token_id = end[0] if isinstance(end, list) else end
+        tokenizer.pad_token_id = ends[0]
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=tokenizer.pad_token_id)
-    model = model.to(device).eval()
+    model.eval()
     with pretrained.reading(f"{folder} cannot answer a question"):
         answer(model, processor, ["?"], [blank_picture(processor.image_processor)], 1)
-    return model, processor
+
+
+def try_out(folder: Path, model: Any, processor: Any, template: str) -> None:
+    """One answer to one picture, as the model will be asked once it is trained with `template`; raises `RefusedInput`.
+
+    Of a large language model only the first layers take part, so that it takes seconds; `model` is no use afterwards.
+    """
+    if is_chat(template) or not processor.chat_template:
+        processor.chat_template = chat_template(template, processor.tokenizer)
+    text = model.model.language_model
+    if isinstance(layers := getattr(text, "layers", None), torch.nn.ModuleList) and len(layers):
+        size = sum(parameter.numel() for parameter in layers[0].parameters())
+        text.layers = layers[: max(1, _TRIED // size)]
+    _make_ready(folder, model.float(), processor)
 
 
 @torch.inference_mode()
@@ -72,8 +100,8 @@ def answer(
     pixels = [pixel_values(processor, image) for image in images]
     prompts = [prompt(processor, question, px) for question, px in zip(questions, pixels, strict=True)]
     batch = _batch(model, processor, prompts, pixels, side="left")
-    name = template_name(processor)
-    stop = None if name is None else Encoder(processor.tokenizer, name, 0).stop
+    encoder = _encoder(processor, None)
+    stop = None if encoder is None else encoder.stop
     ending = {} if stop is None else {"stop_strings": [stop], "tokenizer": processor.tokenizer}
     written = model.generate(**batch, max_new_tokens=max_new_tokens, **ending)[
         :, batch["input_ids"].shape[1] :
@@ -96,15 +124,15 @@ def answer_loss(
 
     Ids and labels are those of training, so the folder's template must be one of ours (`template_name`).
     """
-    name = template_name(processor)
-    if name is None:
+    if template_name(processor) is None:
         raise RefusedInput(
             "the folder's chat template is none of ours: what training would supervise is unknown"
         )
     pixels = [pixel_values(processor, image) for image in images]
     samples = []
     for question, expected, px in zip(questions, answers, pixels, strict=True):
-        encoder = Encoder(processor.tokenizer, name, 0 if px is None else image_tokens(processor, px))
+        encoder = _encoder(processor, px)
+        assert encoder is not None
         turns = [{"from": "human", "value": _human(question, px)}, {"from": "gpt", "value": expected}]
         samples.append(encoder.encode(turns, images=int(px is not None)))
     batch = _batch(model, processor, [sample.ids for sample in samples], pixels, side="right")
@@ -121,22 +149,37 @@ def answer_loss(
 
 def prompt(processor: Any, question: str, px: torch.Tensor | None) -> list[int]:
     """Ids up to where the assistant begins to write; the image slot is already as long as `px` needs."""
-    name = template_name(processor)
-    if name is not None:
-        encoder = Encoder(processor.tokenizer, name, 0 if px is None else image_tokens(processor, px))
+    if (encoder := _encoder(processor, px)) is not None:
         return encoder.prompt([{"from": "human", "value": _human(question, px)}], images=int(px is not None))
     return _stock_prompt(processor, question, px)
 
 
 def template_name(processor: Any) -> str | None:
     """Which of our templates wrote the folder's chat template; None where somebody else did."""
+    found = _written_by(processor)
+    return None if found is None else found[0]
+
+
+def _written_by(processor: Any) -> tuple[str, bool] | None:
+    """The template's name, and whether an earlier version wrote it, with a begin token that the tokenizer adds, too."""
+    ways = (False, True) if adds_begin(processor.tokenizer) else (False,)
     for name in NAMES:
         try:
-            if processor.chat_template == chat_template(name, processor.tokenizer):
-                return name
+            for joined in ways:
+                if processor.chat_template == chat_template(name, processor.tokenizer, joined):
+                    return name, joined
         except RefusedInput:
             assert name == OWN
     return None
+
+
+def _encoder(processor: Any, px: torch.Tensor | None) -> Encoder | None:
+    """Writes as training did; None where the folder's chat template is none of ours."""
+    if (found := _written_by(processor)) is None:
+        return None
+    name, joined = found
+    slots = 0 if px is None else image_tokens(processor, px)
+    return Encoder(processor.tokenizer, name, slots, joined=joined)
 
 
 def pixel_values(processor: Any, image: Image.Image | None) -> torch.Tensor | None:

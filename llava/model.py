@@ -23,7 +23,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from llava import pretrained
+from llava import export, pretrained
+from llava.agreement import agree, features
 from llava.attention import packing_attention
 from llava.choices import Fit
 from llava.conversation import Encoder
@@ -186,12 +187,14 @@ def save(model: LlavaForConditionalGeneration, processor: Any, folder: Path, tem
     }
     ends -= {None}
     model.generation_config.eos_token_id = sorted(ends) if len(ends) > 1 else next(iter(ends), None)
+    if processor.tokenizer.pad_token_id is not None:
+        model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+    model.config.image_seq_length = features(model.config)
     with stock_attention(model):
-        model.save_pretrained(folder, max_shard_size="4GB")
-    # A caption is no answer to a question: stage 1 leaves the way to ask as it found it.
-    if is_chat(template) or not processor.chat_template:
-        processor.chat_template = chat_template(template, processor.tokenizer)
-    processor.save_pretrained(folder)
+        # A caption is no answer to a question: stage 1 leaves the way to ask as it found it.
+        if is_chat(template) or not processor.chat_template:
+            processor.chat_template = chat_template(template, processor.tokenizer)
+        export.write(model, processor, folder)
     write_about(folder, template)
 
 
@@ -213,23 +216,26 @@ def template_of(folder: Path) -> str:
 def load(folder: Path, dtype: torch.dtype) -> LlavaForConditionalGeneration:
     """Weights only from safetensors; nothing remote is asked and no code of the folder is run.
 
-    Weights that are missing are refused: transformers would make them up.
+    Weights that are missing are refused: transformers would make them up. So are layers that the config does not count.
     """
     quiet()
     loaded: LlavaForConditionalGeneration = pretrained.model(
-        LlavaForConditionalGeneration, folder, dtype=dtype, attn_implementation="sdpa"
+        LlavaForConditionalGeneration, folder, whole=True, dtype=dtype, attn_implementation="sdpa"
     )
     return loaded
 
 
 def load_processor(folder: Path, fit: Fit = "model") -> Any:
-    """Tokenizer and image processor.
+    """Tokenizer and image processor, with what older transformers left out filled in from the config.
 
+    Raises `RefusedInput` where processor and config contradict each other.
     `fit` changes how a picture becomes a square; saved with the processor, it holds for generation too.
     """
-    processor = pretrained.processor(folder)
+    processor, config = pretrained.processor(folder), load_config(folder)
+    with pretrained.reading(f"{folder} cannot be used"):
+        agree(folder, config, processor)
     if fit != "model":
-        vision: Any = load_config(folder).vision_config
+        vision: Any = config.vision_config
         edge = vision.image_size
         processor.image_processor = fitted(processor.image_processor, fit, edge)
     return processor
@@ -247,17 +253,9 @@ def load_config(folder: Path) -> LlavaConfig:
     return config
 
 
-def image_tokens(model_config: LlavaConfig) -> int:
-    """Tokens that one image takes in the text."""
-    return int(model_config.image_seq_length)
-
-
-def features(config: LlavaConfig) -> int:
-    """Features that the tower gives for one picture. Raises `RefusedInput` for a tower that is not known."""
-    vision: Any = config.vision_config
-    before = family_of(vision.model_type).before_patches
-    dropped = config.vision_feature_select_strategy == "default"
-    return int((vision.image_size // vision.patch_size) ** 2) + before - dropped
+def image_tokens(config: LlavaConfig) -> int:
+    """Tokens that one image takes in the text: the features that the tower gives."""
+    return features(config)
 
 
 def image_cost(model: LlavaForConditionalGeneration) -> float:

@@ -6,6 +6,7 @@ safetensors only, and whatever is wrong with it is one line that names it.
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ _SIZES = (
     "patch_size",
     "vocab_size",
 )
+_COUNTED = re.compile(r"layers\.\d+\..*(weight|bias)$|multi_modal_projector\.")
+"""Names of weights that are there as often as the config says."""
 _CODE = ("attn_implementation", "experts_implementation")
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
@@ -66,10 +69,11 @@ def config(kind: Any, folder: Path) -> Any:
         return kind.from_pretrained(folder, **_LOCAL)
 
 
-def model(kind: Any, folder: Path, **how: Any) -> Any:
+def model(kind: Any, folder: Path, whole: bool = False, **how: Any) -> Any:
     """The model of the transformers class `kind`, with weights for all that it has.
 
-    Weights that are missing, or have another shape, are refused: transformers would make them up.
+    Weights that are missing, or have another shape, are refused: transformers would make them up. `whole`: so are
+    layers that the config does not count, which transformers would leave out.
     """
     with reading(f"{folder} cannot be loaded"):
         _check(folder)
@@ -82,6 +86,9 @@ def model(kind: Any, folder: Path, **how: Any) -> Any:
     ):
         if lost := sorted(str(name) for name in report[key]):
             raise RefusedInput(f"{folder}: {len(lost)} weights {fault}, such as {lost[0]}")
+    left = sorted(str(name) for name in report["unexpected_keys"] if _COUNTED.search(str(name)))
+    if whole and left:
+        raise RefusedInput(f"{folder}: {len(left)} weights have no place by config.json, such as {left[0]}")
     return loaded
 
 
@@ -117,11 +124,11 @@ def processor(folder: Path) -> Any:
     with reading(f"{folder} has no processor that can be loaded"):
         _check(folder)
         found = AutoProcessor.from_pretrained(folder, backend="pil", **_LOCAL)
-        for part in ("tokenizer", "image_processor", "patch_size"):
+        if type(found).__name__ != "LlavaProcessor":
+            raise ValueError(f"a {type(found).__name__}; a LLaVA has a LlavaProcessor")
+        for part in ("tokenizer", "image_processor"):
             if getattr(found, part, None) is None:
-                raise ValueError(
-                    f"a {type(found).__name__} without {part.replace('_', ' ')} is none of a LLaVA"
-                )
+                raise ValueError(f"a LlavaProcessor without {part.replace('_', ' ')}")
         return found
 
 

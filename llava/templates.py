@@ -9,7 +9,7 @@ the model is to write, ends without it.
 import os.path
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llava.errors import RefusedInput
@@ -125,9 +125,15 @@ def split_lead(markup: str) -> tuple[str, str]:
     return (markup[:-1], " ") if markup.endswith(" ") else (markup, "")
 
 
-def chat_template(name: str, tokenizer: Any = None) -> str:
-    """The same template as Jinja, for stock `processor.apply_chat_template` on a saved model."""
+def chat_template(name: str, tokenizer: Any = None, joined: bool = False) -> str:
+    """The same template as Jinja, for stock `processor.apply_chat_template` on a saved model.
+
+    The begin token is left to a tokenizer that writes one itself, as in llava-hf's templates: `processor(text=...)`
+    of the rendered text would give two. `joined`: with it all the same, as folders made by earlier versions have it.
+    """
     row = template(name, tokenizer)
+    if not joined and adds_begin(tokenizer):
+        row = _without_begin(row, tokenizer)
     answer = question = _content("{{ message['content'] }}", f"{IMAGE}\n", "{{ part['text'] }}")
     if row.caption_only:
         question = _content("{{ '<image>' * message['content'].count('<image>') }}", IMAGE, "")
@@ -149,6 +155,22 @@ def chat_template(name: str, tokenizer: Any = None) -> str:
         "{% else %}" + _literal(row.reply) + answer + _literal(row.end) + "{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}" + _literal(split_lead(row.reply)[0]) + "{% endif %}"
     )
+
+
+def adds_begin(tokenizer: Any) -> bool:
+    """Whether the tokenizer writes the begin token before a text by itself."""
+    begin = None if tokenizer is None else tokenizer.bos_token_id
+    return begin is not None and bool(tokenizer.encode("")[:1] == [begin])
+
+
+def _without_begin(row: Template, tokenizer: Any) -> Template:
+    def bare(text: str) -> str:
+        for begin in ("{bos}", tokenizer.bos_token):
+            if text.startswith(begin):
+                return text.removeprefix(begin)
+        return text
+
+    return replace(row, first=bare(row.first), system=bare(row.system))
 
 
 def _content(text: str, image: str, words: str) -> str:
@@ -245,7 +267,7 @@ def _derive(jinja: _Jinja, tokenizer: Any) -> Template:
         raise _NotSplit("the same turn is written differently by its place in the conversation")
     end = _end(tokenizer, between, tail)
     bos = tokenizer.bos_token
-    begin = "" if bos is None or first.startswith(bos) or not _adds_begin(tokenizer) else "{bos}"
+    begin = "{bos}" if adds_begin(tokenizer) and not first.startswith(bos) else ""
     row = Template(
         OWN,
         begin + first,
@@ -285,7 +307,3 @@ def _system(jinja: _Jinja, others: list[str], begin: str) -> str:
     except _NotSplit:
         return ""
     return begin + before + SYSTEM + after if rest == others else ""
-
-
-def _adds_begin(tokenizer: Any) -> bool:
-    return bool(tokenizer.encode("")[:1] == [tokenizer.bos_token_id])

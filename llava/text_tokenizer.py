@@ -35,13 +35,14 @@ class TextTokenizer:
     other added tokens are words. Raises `RefusedInput` for a tokenizer without `<image>` or a fast backend.
     """
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Any, begin: str | None = None):
+        """`begin`: the begin token, where the tokenizer writes it before every text: the text after it stands first."""
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise RefusedInput(
                 f"tokenizer {type(tokenizer).__name__} has no fast backend: save it with a tokenizer.json"
             )
-        self.tokenizer = tokenizer
+        self.tokenizer, self.begin = tokenizer, begin
         added = backend.get_added_tokens_decoder()
         images = [number for number, token in added.items() if token.content == IMAGE]
         if not images:
@@ -62,15 +63,15 @@ class TextTokenizer:
         self.special = frozenset(n for n, text in special.items() if not (harmless and text == unknown))
         self._any_special = re.compile(any_of(special.values()))
         normalizer, pre_tokenizer = _state(backend.normalizer), _state(backend.pre_tokenizer)
-        begin = _plain(backend, normalizer, pre_tokenizer, kept.values())
+        first = _plain(backend, normalizer, pre_tokenizer, kept.values())
         inside = _plain(backend, _unprefixed(normalizer), _unprefixed(pre_tokenizer), kept.values())
         first_only = _holds(pre_tokenizer, "prepend_scheme", "first")
         self._at = {
-            Position.BEGIN: begin,
-            Position.AFTER_SPECIAL: inside if first_only else begin,
+            Position.BEGIN: first,
+            Position.AFTER_SPECIAL: inside if first_only else first,
             Position.INSIDE: inside,
         }
-        numbers = {begin.token_to_id(token.content): number for number, token in kept.items()}
+        numbers = {first.token_to_id(token.content): number for number, token in kept.items()}
         self._renumbered = {new: old for new, old in numbers.items() if new != old}
         if any(backend.model.id_to_token(new) is not None for new in self._renumbered):
             raise RefusedInput("the tokenizer's vocabulary has gaps: number its tokens without any, from 0")
@@ -79,7 +80,7 @@ class TextTokenizer:
 
     def position(self, before: list[int]) -> Position:
         """Where a piece stands that follows the ids `before`."""
-        if not before:
+        if not before or (self.begin is not None and before == [self.tokenizer.bos_token_id]):
             return Position.BEGIN
         return Position.AFTER_SPECIAL if before[-1] in self.special else Position.INSIDE
 
@@ -127,6 +128,8 @@ class TextTokenizer:
 
     def _markup(self, text: str, position: Position) -> list[int]:
         if position is Position.BEGIN:
+            if self.begin is not None and text.startswith(self.begin):
+                return [self.tokenizer.bos_token_id, *self._stock(text.removeprefix(self.begin))]
             return self._stock(text)
         if position is Position.AFTER_SPECIAL:
             return self._stock(IMAGE + text)[1:]

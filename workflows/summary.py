@@ -1,5 +1,6 @@
 """What a person reads at the end of a run, and what to type next."""
 
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -44,6 +45,20 @@ def show(summary: Summary, workspace: Workspace) -> None:
             else shlex.join([_command("mlflow"), "ui", "--backend-store-uri", tracking])
         )
         say(f"look at it:  {shown}")
+        if linear := _linear_in_vllm(summary.artifacts[trained]):
+            say(f"vLLM knows a projector of one linear layer by another name; serve it with  {linear}")
+
+
+def _linear_in_vllm(uri: str) -> str | None:
+    """The option with which vLLM loads the model, where it needs one."""
+    found = read_artifact(open_store(uri))
+    if (
+        found is None
+        or json.loads(found.folder.read("model/config.json"))["projector_hidden_act"] != "linear"
+    ):
+        return None
+    other = {"projector_hidden_act": "torch.nn.modules.linear.Identity"}
+    return shlex.join(["--hf-overrides", json.dumps(other)])
 
 
 def _command(name: str) -> str:

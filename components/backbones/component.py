@@ -96,7 +96,7 @@ class Backbones(Component):
     """Takes nothing from the root, gives a stock LLaVA folder in `model/`."""
 
     name: ClassVar[str] = "backbones"
-    version: ClassVar[str] = "2"
+    version: ClassVar[str] = "3"
     Settings = BackbonesSettings
     gives = ("model",)
     on_ray = False

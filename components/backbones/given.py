@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 
@@ -26,6 +26,7 @@ from components.contract import (
     run_field,
 )
 from components.registry import MODEL, resolve
+from llava import generate
 from llava import model as models
 from llava.errors import RefusedInput
 from llava.pretrained import reading
@@ -104,29 +105,15 @@ def start_from(uri: str, template: str | None, workspace: Workspace) -> Outcome:
 
 
 def _check(folder: Path, uri: str) -> None:
-    """Everything that training needs of it, before anything is trained."""
+    """Everything that training needs of it, before anything is trained, and one answer about a picture."""
     try:
         with reading(f"{uri}: no stock LLaVA folder"):
             kind = json.loads((folder / "config.json").read_bytes()).get("model_type")
             if kind != "llava":
                 raise RefusedInput(f"{uri}: a model of type {kind!r}; a stock LLaVA has the type 'llava'")
             config, processor = models.load_config(folder), models.load_processor(folder)
-            if wrong := _mismatch(config, processor):
-                raise RefusedInput(f"{uri}: {wrong}")
-            models.load(folder, models.dtype_of(config))
+            model = models.load(folder, models.dtype_of(config))
+            generate.try_out(folder, model, processor, models.template_of(folder))
     except RefusedInput as error:
         # The user knows the folder by its URI; ours is gone in a moment.
         raise RefusedInput(str(error).replace(str(folder), uri)) from error
-
-
-def _mismatch(config: Any, processor: Any) -> str | None:
-    """Where config and processor contradict each other, in one line."""
-    tokenizer, vocabulary = processor.tokenizer, config.text_config.vocab_size
-    slot = tokenizer.convert_tokens_to_ids(processor.image_token)
-    if slot != config.image_token_index:
-        return f"the tokenizer's image token is {slot}, the config's {config.image_token_index}"
-    if len(tokenizer) > vocabulary:
-        return f"the tokenizer knows {len(tokenizer)} tokens, the model {vocabulary}"
-    if (tokens := models.features(config)) != models.image_tokens(config):
-        return f"image_seq_length is {models.image_tokens(config)}, the tower gives {tokens} features"
-    return None

@@ -94,6 +94,8 @@ class TowerFamily:
     states: Callable[[Any, torch.Tensor], Iterator[torch.Tensor]]
     """(tower, (N, 3, H, W)) -> one after the other the stock tower's hidden states, (N, positions, D) each: first
     what goes into the layers, then what each of them gives. What is not asked for is not computed."""
+    hub_prefix: str = ""
+    """What the names of its weights begin with on the hub, where current transformers leaves that out."""
 
     @property
     def before_patches(self) -> int:

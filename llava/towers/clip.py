@@ -45,4 +45,4 @@ def states(tower: Any, pixel_values: torch.Tensor) -> Iterator[torch.Tensor]:
         yield hidden
 
 
-FAMILY = TowerFamily(ClipSizes, classes, states)
+FAMILY = TowerFamily(ClipSizes, classes, states, hub_prefix="vision_model.")

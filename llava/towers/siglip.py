@@ -48,4 +48,4 @@ def states(tower: Any, pixel_values: torch.Tensor) -> Iterator[torch.Tensor]:
         yield hidden
 
 
-FAMILY = TowerFamily(SiglipSizes, classes, states)
+FAMILY = TowerFamily(SiglipSizes, classes, states, hub_prefix="vision_model.")

@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
 from llava import generate
+from llava import model as models
 from llava.errors import RefusedInput
 from tests.support.tiny_llava import tiny_llava
 
@@ -97,6 +98,20 @@ def test_special_strings_in_a_question_stay_text(loaded: Any, template: str, pic
         assert isinstance(generate.answer(model, processor, [question], [picture], 3)[0], str)
     finally:
         processor.chat_template = own
+
+
+def test_a_trial_of_a_large_model_takes_its_first_layers_and_the_template_it_will_have(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "_TRIED", 1)
+    model, processor = models.load(folder, torch.bfloat16), models.load_processor(folder)
+    assert len(model.model.language_model.layers) == 2
+    generate.try_out(folder, model, processor, "v1")
+    assert len(model.model.language_model.layers) == 1
+    assert generate.template_name(processor) == "v1"
+    processor.num_additional_image_tokens = 0
+    with pytest.raises(RefusedInput, match="cannot answer a question"):
+        generate.try_out(folder, model, processor, "v1")
 
 
 def test_a_folder_that_asks_for_sampling_still_answers_greedily(

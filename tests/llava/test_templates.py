@@ -49,7 +49,7 @@ def test_the_jinja_gives_the_stock_tokenizer_the_ids_of_the_prompt(kind: str, na
         tokenize=False,
         add_generation_prompt=True,
     )
-    whole = tokenizer.encode(stock.replace("<image>", "<image>" * SLOT), add_special_tokens=False)
+    whole = tokenizer.encode(stock.replace("<image>", "<image>" * SLOT))
     turns = talk(*texts)
     turns[0]["value"] = "<image>\n" + turns[0]["value"]
     assert ENCODERS[kind, name].prompt(turns, 1) == whole
@@ -66,6 +66,36 @@ def test_the_stock_processor_reads_pictures_and_text_as_training_does(kind: str,
         messages(*texts_of(name), pictures=2), add_generation_prompt=True, tokenize=True, return_dict=True
     )
     assert stock["input_ids"][0] == Encoder(tokenizer_of(kind), name, 16).prompt(turns, 2)
+
+
+@pytest.mark.parametrize(("kind", "name"), PAIRS)
+def test_both_ways_of_calling_the_processor_give_the_ids_of_training(kind: str, name: str) -> None:
+    """Rendered and tokenized at once, or one after the other: one begin token, where there is any."""
+    processor, said = processor_of(kind, name), messages(*texts_of(name))
+    at_once = processor.apply_chat_template(said, add_generation_prompt=True, tokenize=True, return_dict=True)
+    text = processor.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
+    turns = talk(*texts_of(name))
+    turns[0]["value"] = "<image>\n" + turns[0]["value"]
+    trained = Encoder(tokenizer_of(kind), name, 16).prompt(turns, 1)
+    assert processor(text=text, images=PICTURE)["input_ids"][0] == trained
+    assert at_once["input_ids"][0] == trained
+
+
+@pytest.mark.parametrize("kind", ["regex", "sentencepiece", "legacy"])
+@pytest.mark.parametrize("name", ["v1", "tokenizer"])
+def test_a_folder_whose_template_writes_the_begin_token_is_asked_as_it_was_trained(
+    kind: str, name: str
+) -> None:
+    """So did earlier versions."""
+    processor, tokenizer = processor_of(kind, name), tokenizer_of(kind)
+    processor.chat_template = chat_template(name, tokenizer, joined=True)
+    (text,) = (
+        processor.apply_chat_template([one], add_generation_prompt=True, tokenize=False)
+        for one in messages("What is it?", pictures=0)
+    )
+    assert text.startswith(tokenizer.bos_token)
+    assert generate.template_name(processor) == name
+    assert generate.prompt(processor, "What is it?", None) == tokenizer.encode(text, add_special_tokens=False)
 
 
 def processor_of(kind: str, name: str) -> Any:

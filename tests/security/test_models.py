@@ -77,12 +77,8 @@ BROKEN: dict[str, Damage] = {
     "a billion layers": changed("config.json", "text_config", "num_hidden_layers", to=10**9),
     "a type of model that is none": changed("config.json", "text_config", "model_type", to="evil"),
     "a precision that is none": changed("config.json", "dtype", to="evil"),
-    "pictures of another size": changed(
-        "processor_config.json", "image_processor", "size", to={"height": 32, "width": 32}
-    ),
-    "picture size 0": changed(
-        "processor_config.json", "image_processor", "size", to={"height": 0, "width": 0}
-    ),
+    "pictures of another size": changed("preprocessor_config.json", "size", to={"height": 32, "width": 32}),
+    "picture size 0": changed("preprocessor_config.json", "size", to={"height": 0, "width": 0}),
     "processor []": written("processor_config.json", "[]"),
     "an adapter": written("adapter_config.json", '{"base_model_name_or_path": "/etc"}'),
     "kernels from elsewhere": changed("config.json", "text_config", "attn_implementation", to="evil/kernel"),

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from transformers import (
     AddedToken,
+    AutoProcessor,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     LlamaConfig,
@@ -23,6 +25,7 @@ from components.backbones.given import Given, start_from
 from components.contract import Tracking, Workspace, open_store
 from components.contract.runner import Outcome
 from components.finetune import Finetune, FinetuneSettings
+from llava import model as models
 from llava.errors import RefusedInput
 from llava.model import template_of
 from tests.components.conftest import Lines, Run
@@ -120,6 +123,53 @@ def edit(name: str, **values: Any) -> Callable[[Path], None]:
     return change
 
 
+def image_edge(edge: int) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / "processor_config.json"
+        found = json.loads(path.read_text())
+        found["image_processor"]["size"] = {"height": edge, "width": edge}
+        path.write_text(json.dumps(found))
+
+    return change
+
+
+def take_out(name: str, *keys: str) -> Callable[[Path], None]:
+    """As folders of older transformers are: without them."""
+
+    def change(folder: Path) -> None:
+        found = json.loads((folder / name).read_text())
+        (folder / name).write_text(
+            json.dumps({key: value for key, value in found.items() if key not in keys})
+        )
+
+    return change
+
+
+def as_before_processors(folder: Path) -> None:
+    """What transformers wrote before it had a class for the processor."""
+    found = json.loads((folder / "processor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps(found["image_processor"]))
+    (folder / "processor_config.json").unlink()
+
+
+def with_other_images(folder: Path) -> None:
+    found = json.loads((folder / "processor_config.json").read_text())["image_processor"]
+    other = found | {"size": {"height": 32, "width": 32}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(other))
+
+
+def with_one_layer_more(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    more = {
+        name.replace("layers.1.", "layers.2."): value.clone()
+        for name, value in weights.items()
+        if name.startswith("language_model") and "layers.1." in name
+    }
+    save_file(weights | more, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def without_projector(folder: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -135,6 +185,28 @@ def without_projector(folder: Path) -> None:
         (edit("config.json", model_type="llava_next"), "a model of type 'llava_next'"),
         (edit("config.json", image_token_index=7), "image token is 259, the config's 7"),
         (edit("config.json", image_seq_length=17), "image_seq_length is 17, the tower gives 16"),
+        (edit("config.json", vision_feature_layer=-9), "vision_feature_layer is -9, the tower has 2 layers"),
+        (
+            edit("config.json", vision_feature_layer=[-2, 7]),
+            r"vision_feature_layer is \[-2, 7\], the tower has 2",
+        ),
+        (edit("processor_config.json", patch_size=8), r"patch_size is 8 in processor_config\.json and 16"),
+        (
+            edit("processor_config.json", vision_feature_select_strategy="full"),
+            "is 'full' in processor_config",
+        ),
+        (edit("processor_config.json", num_additional_image_tokens=2), "num_additional_image_tokens is 2"),
+        (image_edge(32), "the image processor gives 3 x 32 x 32, the tower takes 3 x 64 x 64"),
+        (
+            with_other_images,
+            r"size is .*64.* in processor_config\.json and .*32.* in preprocessor_config\.json",
+        ),
+        (edit("generation_config.json", eos_token_id=9999), "eos_token_id is 9999 in .* the model has 320"),
+        (
+            edit("processor_config.json", processor_class="LlavaNextProcessor"),
+            "a LlavaNextProcessor; a LLaVA has",
+        ),
+        (with_one_layer_more, r"9 weights have no place by config\.json, such as .*layers\.2"),
         (without_projector, "2 weights are missing, such as .*linear_2"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "no processor that can be loaded|image token"),
     ],
@@ -150,6 +222,48 @@ def test_a_folder_that_cannot_be_trained_on_is_refused_at_once(
     damage(folder)
     with pytest.raises(RefusedInput, match=message):
         start(folder, "chatml")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        take_out("processor_config.json", "num_additional_image_tokens"),
+        edit("processor_config.json", num_additional_image_tokens=0),
+        take_out("processor_config.json", "patch_size", "vision_feature_select_strategy"),
+        as_before_processors,
+        take_out("config.json", "image_seq_length"),
+        take_out("tokenizer_config.json", "pad_token"),
+    ],
+)
+def test_what_an_older_folder_leaves_out_is_filled_in_and_the_model_answers(
+    start: Callable[..., Outcome], released: Path, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    """Training reads the folder as it is, and what it writes says everything."""
+    folder = copied(released, tmp_path / "older")
+    damage(folder)
+    mirrored = start(folder, "chatml").artifact.local("model")
+    model, processor = models.load(mirrored, torch.float32), models.load_processor(mirrored)
+    models.save(model, processor, tmp_path / "trained", "chatml")
+    answered = answer("What is it?", tmp_path / "trained")
+    models.save(*whole(released), tmp_path / "of the whole folder", "chatml")
+    assert answered == answer("What is it?", tmp_path / "of the whole folder")
+
+
+def whole(folder: Path) -> tuple[Any, Any]:
+    return models.load(folder, torch.float32), models.load_processor(folder)
+
+
+def answer(question: str, folder: Path) -> str:
+    """By what unmodified transformers loads."""
+    model = LlavaForConditionalGeneration.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder, backend="pil")
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}],
+        add_generation_prompt=True,
+    )
+    inputs = processor(text=text, images=Image.new("RGB", (50, 30), "red"), return_tensors="pt")
+    written = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    return str(processor.decode(written[0]))
 
 
 def test_the_workflow_skips_backbones_and_pretrain(
