@@ -81,6 +81,7 @@ def test_backbones_joins_it_and_the_stock_model_sees_a_picture_with_it(
     assert done.stdout.split() == ["dinov2", "16", "True", "True"]
 
 
+@pytest.mark.drill
 def test_without_the_recipe_it_is_refused_with_the_families_that_are_known(tmp_path: Path) -> None:
     copy, tower = copied(tmp_path / "copy"), tmp_path / "dinov2"
     assert run(copy, "-c", MAKE_TOWER, str(tower)).returncode == 0

@@ -11,7 +11,7 @@ import pytest
 
 from components.contract import FileEntry, Manifest, open_store
 from components.registry import MODEL_DIGEST, MODEL_URI, Registry, Version, artifact_named
-from components.scoring.outcomes import files_of
+from components.scoring.outcomes import FilesNote, files_of
 from llava.errors import RefusedInput
 from workflows import summary as summaries
 from workflows.train import Summary
@@ -45,13 +45,13 @@ def test_an_evaluation_names_no_file_outside_itself(tmp_path: Path, field: str, 
         "questions": None,
         "labels": {},
         "splits": None,
-        "split": None,
+        "split": "",
         "reviews": [],
         "max_failed": 0.0,
     }
     note[field] = {"labels": {"random": name}, "reviews": [name]}.get(field, name)
     with pytest.raises(RefusedInput, match="which must lie in it"):
-        files_of(note, tmp_path)
+        files_of(FilesNote(**note), tmp_path)
 
 
 @pytest.mark.parametrize("version", ["../1", "1/../../2", "", "1 or 1=1", "²", "1" * 20])

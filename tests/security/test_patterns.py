@@ -33,6 +33,8 @@ DYNAMIC = {
     "components/instruct/llm/checks.py": "names of categories, escaped: below",
     "components/rule_teacher/rules.py": "names of categories of our own",
     "components/training/utilisation.py": "names of GPUs, in the name of a GPU",
+    "llava/control_tokens.py": "tokens, escaped",
+    "llava/export.py": "names of weights, by a table of our own",
     "llava/templates.py": "tokens, escaped",
     "llava/text_tokenizer.py": "tokens, escaped",
 }

@@ -58,6 +58,12 @@ cli.main()
 """
 
 
+def _as_from_a_shell() -> None:
+    """No signal is ignored: whoever runs the tests in the background or under nohup has some ignored."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Signalled:
     """The command in a session of its own, with a folder for Ray and a mark in its environment."""
 
@@ -73,7 +79,7 @@ class Signalled:
                 stderr=err,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+                preexec_fn=_as_from_a_shell,  # noqa: PLW1509
             )
 
     def __enter__(self) -> Signalled:

@@ -118,7 +118,8 @@ def test_a_driver_killed_at_a_random_moment_costs_no_finished_shard(
     assert shards <= found <= 40
 
 
-@pytest.mark.parametrize("seconds", [4.0, pytest.param(20.0, marks=pytest.mark.drill)])
+@pytest.mark.drill
+@pytest.mark.parametrize("seconds", [4.0, 20.0])
 def test_a_store_that_stays_away_ends_the_run_resumably_and_one_that_comes_back_only_delays_it(
     ray_local: str, mlflow_db: str, run_in: Any, own_s3: Any, tmp_path: Path, seconds: float
 ) -> None:
