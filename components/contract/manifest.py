@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import pydantic
 from pydantic import Field
 
-from components.contract.digest import sha256_of
+from components.contract.digest import canonical_json, sha256_of
 from components.contract.lease import LEASE
 from components.contract.printable import has_controls, printable
 from components.contract.store import Folder, Store, check_key, open_store
@@ -92,6 +92,12 @@ class Manifest(pydantic.BaseModel):
     attempt: str = Field("", pattern=rf"^({ATTEMPTS}/[0-9]{{6,12}}-[0-9a-f]{{8}})?$")
     """Where in the artifact's folder its files lie: nowhere else ("") where the first owner finished it."""
     created: datetime = Field(default_factory=lambda: datetime.now(UTC))
+
+    @pydantic.field_validator("recipe", "run")
+    @classmethod
+    def _numbers_are_finite(cls, values: dict[str, Any]) -> dict[str, Any]:
+        canonical_json(values)  # digests are taken of them
+        return values
 
     @property
     def size(self) -> int:

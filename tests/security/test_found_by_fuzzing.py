@@ -248,3 +248,14 @@ def test_links_of_a_further_dataset_follow_the_rule(tmp_path: Path) -> None:
         assert ("not read" in source.unread) is (follow is not True)
         digests.add(source.digest)
     assert len(digests) == 3
+
+
+@pytest.mark.parametrize("field", ["recipe", "run"])
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+def test_a_manifest_with_a_number_that_is_none_is_damaged(field: str, number: str) -> None:
+    text = json.dumps({"component": "finetune", "version": "1", "digest": "ab" * 32, "inputs": {}, "files": [],
+                       "recipe": {}, "run": {}, "code": "x", "created": "2026-01-01T00:00:00Z"})  # fmt: skip
+    Manifest.model_validate_json(text)
+    spoilt = text.replace(f'"{field}": {{}}', f'"{field}": {{"extra": [{{"weight": {number}}}]}}')
+    with pytest.raises(ValidationError, match=field):
+        Manifest.model_validate_json(spoilt)
