@@ -109,6 +109,8 @@ def restore(root: str, address: str) -> None:
     goal.delete(LEASE)
     origin.delete(_COMPLETE)
     origin.delete_all()
+    if next(iter((time := store.sub(f"{TRASH}/{trashed[-1]}")).list()), None) is None:
+        time.delete_all()
     say(f"restored {goal.uri}")
 
 
