@@ -4,6 +4,7 @@ Shapes: T tokens of a packed row, N images, P tokens per image, K supervised pos
 """
 
 import contextlib
+import copy
 import itertools
 import json
 from collections.abc import Iterator
@@ -25,11 +26,11 @@ from transformers import (
 
 from llava import export, pretrained
 from llava.agreement import agree, features
-from llava.attention import packing_attention
 from llava.choices import Fit
 from llava.conversation import Encoder
 from llava.data.collate import PackedRow
 from llava.errors import RefusedInput
+from llava.packing import MASKED, layers_of, packed_hidden_states, set_packing, stock_attention_of, ties
 from llava.pixels import Pixels, fitted
 from llava.templates import chat_template, check_name, is_chat
 from llava.text_tokenizer import IMAGE
@@ -90,6 +91,7 @@ def join(
         vocabulary = max(len(tokenizer), language.config.vocab_size)
         if vocabulary > language.config.vocab_size or (pad_to and vocabulary % pad_to):
             language.resize_token_embeddings(vocabulary, pad_to_multiple_of=pad_to, mean_resizing=True)
+        apart = _untie(language)
         config = LlavaConfig(
             vision_config=vision.config,
             text_config=language.config,
@@ -110,7 +112,7 @@ def join(
     model.model.vision_tower = tower.to(dtype=language.dtype)
     model.model.language_model = language.base_model
     head: Any = language.get_output_embeddings()
-    model.lm_head = head
+    model.lm_head = copy.deepcopy(head) if apart else head
     model.tie_weights()
     model.eval()
     _check_same(model, language)
@@ -125,6 +127,14 @@ def join(
         chat_template=chat_template(template, tokenizer),
     )
     return model, processor
+
+
+def _untie(language: PreTrainedModel) -> bool:
+    """Where a stock LLaVA cannot share embedding and head of this type, its config says so; returns whether."""
+    apart = bool(getattr(language.config, "tie_word_embeddings", False)) and not ties(language)
+    if apart:
+        language.config.tie_word_embeddings = False
+    return apart
 
 
 def _cls_positions(vision: PreTrainedModel, reading: Reading) -> int:
@@ -173,8 +183,27 @@ def check_packing(config: LlavaConfig, max_length: int) -> None:
             f"the language model attends over {window} tokens at most: set max_length to {window} or less "
             f"(it is {max_length})"
         )
+    if (read := _unscaled(text)) and read < max_length:
+        raise RefusedInput(
+            f"the language model scales its positions beyond {read} tokens, and by the longest sample of a row: set "
+            f"max_length to {read} or less (it is {max_length})"
+        )
     if getattr(text, "attn_logit_softcapping", None):
         raise RefusedInput(f"language model of type {text.model_type!r}: capped attention cannot be packed")
+
+
+def _unscaled(text: Any) -> int | None:
+    """Tokens that a model reads before dynamic NTK or longrope begin to change its positions."""
+    found = getattr(text, "rope_parameters", None) or {}
+    kinds = [found, *(each for each in found.values() if isinstance(each, dict))]
+    lengths = [
+        each.get("original_max_position_embeddings")
+        or getattr(text, "original_max_position_embeddings", None)
+        or text.max_position_embeddings
+        for each in kinds
+        if each.get("rope_type") in ("dynamic", "longrope")
+    ]
+    return min(lengths, default=None)
 
 
 def save(model: LlavaForConditionalGeneration, processor: Any, folder: Path, template: str) -> None:
@@ -219,8 +248,11 @@ def load(folder: Path, dtype: torch.dtype) -> LlavaForConditionalGeneration:
     Weights that are missing are refused: transformers would make them up. So are layers that the config does not count.
     """
     quiet()
+    attention: Any = "sdpa"
+    if (text := stock_attention_of(load_config(folder).text_config)) != attention:
+        attention = {"": "sdpa", "text_config": text, "vision_config": "sdpa"}
     loaded: LlavaForConditionalGeneration = pretrained.model(
-        LlavaForConditionalGeneration, folder, whole=True, dtype=dtype, attn_implementation="sdpa"
+        LlavaForConditionalGeneration, folder, whole=True, dtype=dtype, attn_implementation=attention
     )
     return loaded
 
@@ -264,7 +296,7 @@ def image_cost(model: LlavaForConditionalGeneration) -> float:
     seen = (tower.config.image_size // tower.config.patch_size) ** 2 * sum(
         p.numel() for p in tower.parameters()
     )
-    return float(seen / (3 * sum(p.numel() for p in text.layers.parameters())))
+    return float(seen / (3 * sum(p.numel() for p in layers_of(text).parameters())))
 
 
 def set_trainable(model: LlavaForConditionalGeneration, parts: list[str]) -> list[str]:
@@ -295,7 +327,7 @@ class LlavaForTraining(nn.Module):
         super().__init__()
         self.stock = model
         self.pixels = pixels
-        model.model.language_model.set_attn_implementation(packing_attention(attention))
+        set_packing(model.model.language_model, attention)
 
     def forward(self, row: PackedRow) -> torch.Tensor:
         """The sum (not the mean) of the cross-entropy over the row's K supervised tokens, a scalar in fp32."""
@@ -304,12 +336,7 @@ class LlavaForTraining(nn.Module):
         features = inner.multi_modal_projector(self._patches(row.pixels))
         used = features.flatten(0, 1)[: len(row.image_positions)].to(embeds_TD.dtype)
         embeds_TD = embeds_TD.index_copy(0, row.image_positions, used)
-        hidden_TD = inner.language_model(
-            inputs_embeds=embeds_TD.unsqueeze(0),
-            position_ids=row.position_ids.unsqueeze(0),
-            segments=row.segments,
-            use_cache=False,
-        ).last_hidden_state[0]
+        hidden_TD = packed_hidden_states(inner.language_model, embeds_TD, row.position_ids, row.segments)
         return self.loss(hidden_TD.index_select(0, row.predict), row.targets)
 
     def loss(self, hidden_KD: torch.Tensor, targets_K: torch.Tensor) -> torch.Tensor:
@@ -342,6 +369,9 @@ def hidden_states(tower: PreTrainedModel, pixel_values: torch.Tensor, last: int)
 def stock_attention(model: LlavaForConditionalGeneration) -> Iterator[None]:
     """SDPA with masks while the body runs: what generation and the saved config need."""
     text = model.model.language_model
+    if text.config.model_type in MASKED:
+        yield
+        return
     before = text.config._attn_implementation
     text.set_attn_implementation("sdpa")
     try:

@@ -99,6 +99,20 @@ def causal_language_model(folder: Path) -> Any:
     return model(AutoModelForCausalLM, folder, dtype="auto")
 
 
+def any_config(folder: Path) -> Any:
+    """The config of whatever kind the folder names."""
+    from transformers import AutoConfig
+
+    return config(AutoConfig, folder)
+
+
+def random_language_model(config: Any) -> Any:
+    """A causal language model of that config with the weights that its kind begins with, in fp32."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+
+
 def tokenizer(folder: Path) -> Any:
     """The tokenizer."""
     from transformers import AutoTokenizer

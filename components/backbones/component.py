@@ -60,6 +60,10 @@ class BackbonesSettings(Settings):
     def _fits_together(self) -> Self:
         if self.template not in NAMES:
             raise ValueError(f"template {self.template!r} is unknown; known: {', '.join(sorted(NAMES))}")
+        if self.feature_layer == 0:
+            raise ValueError(
+                "feature_layer=0 is what the tower's layers get, not what they give; 1 is the first"
+            )
         named = {name for name in ("vision", "language") if getattr(self, name) is not None}
         if self.kind == "tiny":
             if named:

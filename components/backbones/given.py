@@ -26,7 +26,7 @@ from components.contract import (
     run_field,
 )
 from components.registry import MODEL, resolve
-from llava import generate
+from llava import faithful, generate
 from llava import model as models
 from llava.errors import RefusedInput
 from llava.pretrained import reading
@@ -112,6 +112,7 @@ def _check(folder: Path, uri: str) -> None:
             if kind != "llava":
                 raise RefusedInput(f"{uri}: a model of type {kind!r}; a stock LLaVA has the type 'llava'")
             config, processor = models.load_config(folder), models.load_processor(folder)
+            faithful.check_language_model(config.text_config)
             model = models.load(folder, models.dtype_of(config))
             generate.try_out(folder, model, processor, models.template_of(folder))
     except RefusedInput as error:

@@ -179,10 +179,15 @@ def load_vision(folder: Path, what: str) -> tuple[Any, Any]:
 
 
 def load_language(folder: Path, what: str) -> tuple[Any, Any]:
-    """The language model, in the precision it is stored in, and its tokenizer."""
-    from llava import pretrained
+    """The language model, in the precision it is stored in, and its tokenizer.
+
+    Raises `RefusedInput` for one that a LLaVA would train or ask otherwise than stock transformers does; that is
+    measured before the weights are read.
+    """
+    from llava import faithful, pretrained
 
     with _named(what):
+        faithful.check_language_model(pretrained.any_config(folder))
         return pretrained.causal_language_model(folder), pretrained.tokenizer(folder)
 
 

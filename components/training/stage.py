@@ -1,11 +1,13 @@
 """A training stage as a component's work: measure the data, run the Ray Train job, read what came out."""
 
 import contextlib
+import tempfile
 import threading
 import time
 import uuid
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -60,6 +62,13 @@ class TrainingStage(Component):
         """Refuse further datasets that cannot be read, and a held-out loss without held-out samples."""
         data.check(self.name, settings, inputs["dataset"], self.view)
 
+    def check_input(self, settings: Any, name: str, artifact: Artifact) -> None:
+        """Refuse a model that reads samples of `max_length` otherwise than training does, before data is made."""
+        if name == "model" and artifact.folder.stat(f"{MODEL}/config.json") is not None:
+            with tempfile.TemporaryDirectory() as folder:
+                artifact.folder.download(f"{MODEL}/config.json", Path(folder) / "config.json")
+                _check_length(Path(folder), settings.max_length)
+
     def external(self, settings: Any) -> dict[str, str]:
         """The further datasets."""
         return data.external(self.name, settings.extra)
@@ -79,10 +88,7 @@ class TrainingStage(Component):
 
 def _choose(job: Job[Any], coverage: Coverage, training: Training) -> None:
     """Settings without `auto`; what was chosen is told and noted."""
-    from llava import model as models
-
-    config = models.load_config(job.inputs["model"].local(MODEL))
-    models.check_packing(config, job.settings.max_length)
+    config = _check_length(job.inputs["model"].local(MODEL), job.settings.max_length)
     try:
         sizes = llava_sizes(config.to_dict())
     except RefusedInput:
@@ -92,6 +98,17 @@ def _choose(job: Job[Any], coverage: Coverage, training: Training) -> None:
     if told:
         job.notes["chosen"] = told
         job.say(told)
+
+
+def _check_length(folder: Path, max_length: int) -> Any:
+    """The config of the model in `folder`; refuses one that is trained otherwise than it reads such lengths."""
+    from llava import faithful
+    from llava import model as models
+
+    config = models.load_config(folder)
+    models.check_packing(config, max_length)
+    faithful.check_length(config.text_config, max_length)
+    return config
 
 
 def _run(job: Job[Any], parts: tuple[str, ...], view: str) -> None:

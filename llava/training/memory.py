@@ -11,6 +11,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from llava.attention import PACKING
 from llava.choices import Checkpointing
 from llava.model import LlavaForTraining
+from llava.packing import layers_of
 
 _KEPT = (
     "mm",
@@ -57,8 +58,7 @@ def compile_layers(language_model: PreTrainedModel, backend: str = "inductor") -
     """
     for name in PACKING.values():
         AttentionInterface.register(name, torch.compiler.disable(AttentionInterface()[name]))
-    layers: Any = language_model.layers
-    for layer in layers:
+    for layer in layers_of(language_model):
         layer.compile(dynamic=True, backend=backend)
 
 

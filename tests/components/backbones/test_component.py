@@ -17,6 +17,8 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaForConditionalGeneration,
@@ -24,6 +26,7 @@ from transformers import (
 
 from components.backbones.component import Backbones, BackbonesSettings
 from components.contract import Artifact, Tracking, Workspace, open_store, run_component
+from llava import pretrained
 from llava.errors import LlavaError, RefusedInput
 from llava.generate import template_name
 from tests.components.conftest import Lines
@@ -379,6 +382,33 @@ def test_tied_weights_of_a_pickle_are_written_apart(tmp_path: Path) -> None:
     found = load_file(folder / "model.safetensors")
     assert torch.equal(found["a"], weight) and torch.equal(found["b"], weight)
     assert torch.equal(found["c"], weight.T)
+
+
+def test_a_language_model_that_leaks_between_packed_samples_is_refused(
+    make: Callable[..., Artifact], towers: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "lfm2"
+    pretrained.tokenizer(towers / "language").save_pretrained(folder)
+    small: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+    layers = ["conv", "full_attention"]
+    config = Lfm2Config(
+        **small,
+        num_key_value_heads=2,
+        num_hidden_layers=2,
+        layer_types=layers,
+        vocab_size=320,
+        pad_token_id=0,
+    )
+    Lfm2ForCausalLM(config).save_pretrained(folder)
+    with pytest.raises(
+        RefusedInput, match=rf"^backbones.language={folder}: language model of type 'lfm2': packed"
+    ):
+        make(vision=str(towers / "vision"), language=str(folder), template="v1")
+
+
+def test_the_embedding_of_patches_is_no_layer_to_read() -> None:
+    with pytest.raises(ValueError, match="feature_layer=0"):
+        BackbonesSettings(kind="tiny", feature_layer=0)
 
 
 def test_a_model_that_is_not_what_its_name_says_is_refused(
