@@ -16,10 +16,11 @@ import torch
 from llava.errors import LlavaError, RefusedInput, from_the_system
 
 LAYERS, LONGEST_JSON = 2048, 256 << 20
+_INDEX = "model.safetensors.index.json"
 _OBJECTS = (
     "config.json",
     "generation_config.json",
-    "model.safetensors.index.json",
+    _INDEX,
     "preprocessor_config.json",
     "processor_config.json",
     "special_tokens_map.json",
@@ -157,6 +158,8 @@ def _check(folder: Path) -> None:
                 raise ValueError(f"{name} holds a {type(found).__name__}, expected a JSON object")
             if name == "config.json":
                 _check_config(found)
+            if name == _INDEX:
+                _check_index(found)
 
 
 def _read(path: Path) -> Any:
@@ -177,6 +180,14 @@ def _check_config(found: dict[str, Any]) -> None:
             _check_size(key, value)
         elif key.lstrip("_") in _CODE and "/" in str(value):
             raise ValueError(f"{key}={value} in config.json names code from elsewhere; take the line out")
+
+
+def _check_index(found: dict[str, Any]) -> None:
+    """The files that hold the weights: of this folder, and no others."""
+    weights = found.get("weight_map")
+    for file in weights.values() if isinstance(weights, dict) else [weights]:
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ValueError(f"{_INDEX} names {file!r}: expected the name of a file beside it")
 
 
 def _check_size(key: str, value: Any) -> None:

@@ -1,7 +1,7 @@
 """A tower or a language model from outside: a hub repository at a pinned commit, or a local folder.
 
 Only files with weights, configs and vocabularies are taken; code is neither fetched nor run. Weights that exist
-as PyTorch pickles only are rewritten as safetensors, read with `weights_only=True`, here and nowhere else.
+as PyTorch pickles only are rewritten as safetensors (`pickled.py`).
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pickle
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from components.backbones import pickled
 from components.contract.digest import fingerprint
 from llava.errors import LlavaError, RefusedInput
 from llava.towers import family_of
@@ -121,6 +121,8 @@ def _is_commit(revision: str) -> bool:
 
 def as_safetensors(found: Path, scratch: Path, say: Callable[[str], None]) -> Path:
     """`found` itself where its weights are safetensors; else a folder in `scratch` with them rewritten."""
+    from llava import pretrained
+
     if any(found.glob("*.safetensors")):
         return found
     pickles = sorted({path for pattern in _PICKLES for path in found.glob(pattern)})
@@ -136,35 +138,13 @@ def as_safetensors(found: Path, scratch: Path, say: Callable[[str], None]) -> Pa
     }
     for path in pickles:
         say(f"{path.name} -> {names[path.name]}")
-        _rewrite(path, scratch / names[path.name])
+        pickled.rewrite(path, scratch / names[path.name])
     if (found / _PICKLED_INDEX).is_file():
-        index = json.loads((found / _PICKLED_INDEX).read_text())
-        index["weight_map"] = {name: names[file] for name, file in index["weight_map"].items()}
-        (scratch / _INDEX).write_text(json.dumps(index))
+        with pretrained.reading(f"{found / _PICKLED_INDEX}: cannot be read"):
+            index = json.loads((found / _PICKLED_INDEX).read_text())
+            index["weight_map"] = {name: names[file] for name, file in index["weight_map"].items()}
+            (scratch / _INDEX).write_text(json.dumps(index))
     return scratch
-
-
-def _rewrite(pickled: Path, goal: Path) -> None:
-    """One file at a time is in memory; tensors that share storage (tied weights) are written apart."""
-    import torch
-    from safetensors.torch import save_file
-
-    try:
-        state: Any = torch.load(pickled, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise RefusedInput(
-            f"{pickled}: holds more than tensors, so it could run code when it is read; take a repository with "
-            "safetensors"
-        ) from None
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise RefusedInput(f"{pickled}: is no plain table of tensors")
-    storages: set[int] = set()
-    tensors = {}
-    for name, tensor in state.items():
-        shared = tensor.untyped_storage().data_ptr() in storages
-        storages.add(tensor.untyped_storage().data_ptr())
-        tensors[name] = tensor.contiguous().clone() if shared else tensor.contiguous()
-    save_file(tensors, goal, metadata={"format": "pt"})
 
 
 def load_vision(folder: Path, what: str) -> tuple[Any, Any]:

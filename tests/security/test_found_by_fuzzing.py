@@ -13,9 +13,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 from pydantic import ValidationError
+from safetensors.torch import load_file
 
+from components.backbones.sources import as_safetensors
 from components.contract import Manifest, Settings, open_store, read_artifact
 from components.contract.runner import RUN
 from components.evaluate.contamination import _lineage
@@ -28,12 +31,14 @@ from components.shard import ShardSettings
 from components.shard.component import Shard
 from components.training.data import extra_sources
 from components.training.settings import Extra
+from llava import model as models
 from llava.data.jsonl import from_json
 from llava.data.schema import write_rows
 from llava.errors import RefusedInput
 from tests.components.scoring.benchmarks.test_golden import files
-from tests.security.test_fuzz import DIGEST, evaluation
+from tests.support.fuzz_kinds.records import DIGEST, evaluation
 from tests.support.sources import coco, told
+from tests.support.tiny_llava import tiny_llava
 from workflows.config import config_model
 from workflows.references import unfinished_inputs
 from workflows.scores.compare import in_folder
@@ -259,3 +264,57 @@ def test_a_manifest_with_a_number_that_is_none_is_damaged(field: str, number: st
     spoilt = text.replace(f'"{field}": {{}}', f'"{field}": {{"extra": [{{"weight": {number}}}]}}')
     with pytest.raises(ValidationError, match=field):
         Manifest.model_validate_json(spoilt)
+
+
+def _compressed(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        members = {one.filename: archive.read(one) for one in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+
+
+PICKLES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "cut off": (lambda path: path.write_bytes(path.read_bytes()[:400]), "cannot be read"),
+    "empty": (lambda path: path.write_bytes(b""), "cannot be read"),
+    "no pickle": (lambda path: path.write_bytes(b"\x80\x02}"), "cannot be read|more than tensors"),
+    "a number as a name": (lambda path: torch.save({1: torch.ones(2)}, path), "no plain table of tensors"),
+    "a sparse tensor": (lambda path: torch.save({"a": torch.eye(2).to_sparse()}, path), "cannot be read"),
+    "one number a million times": (
+        lambda path: torch.save({"a": torch.ones(1).expand(1_000_000)}, path),
+        "unpacked, it has 4,000,000 bytes",
+    ),
+    "a compressed archive": (_compressed, "unpacked, it has"),
+}
+
+
+@pytest.mark.parametrize("what", PICKLES)
+def test_pickled_weights_that_are_damaged_or_grow_are_one_line(what: str, tmp_path: Path) -> None:
+    spoil, told_ = PICKLES[what]
+    path = tmp_path / "in" / "pytorch_model.bin"
+    path.parent.mkdir()
+    torch.save({"a": torch.zeros(64, 64)}, path)
+    spoil(path)
+    with pytest.raises(RefusedInput, match=told_) as refused:
+        as_safetensors(path.parent, tmp_path / "out", lambda _: None)
+    assert str(path) in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("index", ["[]", "{", '{"weight_map": []}', '{"weight_map": {"a": "other.bin"}}'])
+def test_an_index_of_pickled_weights_that_fits_nothing_is_one_line(index: str, tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+    (tmp_path / "pytorch_model.bin.index.json").write_text(index)
+    with pytest.raises(RefusedInput, match=r"pytorch_model\.bin\.index\.json: cannot be read"):
+        as_safetensors(tmp_path, tmp_path / "out", lambda _: None)
+
+
+def test_an_index_of_weights_names_files_of_its_folder(tmp_path: Path) -> None:
+    folder = tiny_llava(tmp_path / "model")
+    (tmp_path / "private").mkdir()
+    (folder / "model.safetensors").rename(tmp_path / "private" / "model.safetensors")
+    outside = dict.fromkeys(
+        load_file(tmp_path / "private" / "model.safetensors"), "../private/model.safetensors"
+    )
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": outside}))
+    with pytest.raises(RefusedInput, match=r"index\.json names '\.\./private/model\.safetensors'"):
+        models.load(folder, torch.float32)

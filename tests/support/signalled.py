@@ -67,13 +67,17 @@ def _as_from_a_shell() -> None:
 class Signalled:
     """The command in a session of its own, with a folder for Ray and a mark in its environment."""
 
-    def __init__(self, seconds: float = WAIT, **extra: str) -> None:
+    def __init__(
+        self, seconds: float = WAIT, command: list[str] | None = None, cwd: Path | None = None, **extra: str
+    ) -> None:
+        """`command`, in `cwd`, takes the place of one that starts Ray and does nothing with it."""
         self.folder = Path(tempfile.mkdtemp(prefix="s", dir="/tmp"))
         self.mark = uuid4().hex
         self._out, self._err = self.folder / "out.txt", self.folder / "err.txt"
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", _DRIVER, str(seconds)],
+                command or [sys.executable, "-c", _DRIVER, str(seconds)],
+                cwd=cwd,
                 env=environment(RAY_TMPDIR=str(self.folder), **{MARK: self.mark}, **extra),
                 stdout=out,
                 stderr=err,
@@ -92,6 +96,11 @@ class Signalled:
             one.kill()
         self.process.wait(30)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    @property
+    def out(self) -> str:
+        """What it wrote on standard output."""
+        return self._out.read_text()
 
     @property
     def err(self) -> str:
@@ -118,7 +127,7 @@ class Signalled:
 
     def wait(self) -> int:
         """Its exit status."""
-        return self.process.wait(WAIT)
+        return self.process.wait(4 * WAIT)
 
     def left(self) -> list[psutil.Process]:
         """Whatever runs with its mark, has a file in its folder open, or names the folder in its arguments."""
