@@ -194,8 +194,8 @@ INTRODUCTION = """# Which language models can be trained
 `backbones` measures each language model on a small random copy of its config: its kinds of layers and its settings
 stay, its widths and their number shrink. The copy is put into a stock LLaVA. Losses and gradients of a sample in a
 row of its own, beside another sample and behind two, and what it would answer, must be those of the language model
-by itself. What differs is refused by name before anything is made. This table says what came of the
-default config of every family that transformers knows; another config of the same family is measured anew.
+by itself. What differs is refused by name before anything is made. This table says what came of
+the default config of families that transformers knows; another config of the same family is measured anew.
 
     python -m benchmarks.model_zoo --out docs/model-zoo.md
 
@@ -228,10 +228,9 @@ def main() -> int:
             file=sys.stderr,
             flush=True,
         )
-    text = table(rows)
-    print(text)
-    if options.out:
-        options.out.write_text(INTRODUCTION + text)
+        if options.out:  # After each, so that a run that is stopped leaves what it measured.
+            options.out.write_text(INTRODUCTION + table(rows))
+    print(table(rows))
     return int(any(row.outcome in (DIFFERS, TRACEBACK) for row in rows))
 
 

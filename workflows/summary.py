@@ -52,10 +52,7 @@ def show(summary: Summary, workspace: Workspace) -> None:
 def _linear_in_vllm(uri: str) -> str | None:
     """The option with which vLLM loads the model, where it needs one."""
     found = read_artifact(open_store(uri))
-    if (
-        found is None
-        or json.loads(found.folder.read("model/config.json"))["projector_hidden_act"] != "linear"
-    ):
+    if found is None or json.loads(found.read("model/config.json"))["projector_hidden_act"] != "linear":
         return None
     other = {"projector_hidden_act": "torch.nn.modules.linear.Identity"}
     return shlex.join(["--hf-overrides", json.dumps(other)])

@@ -147,6 +147,13 @@ class Artifact:
         except pydantic.ValidationError as error:
             raise _damaged(self.address, error, "notes", name) from None
 
+    def read(self, path: str) -> bytes:
+        """The contents of one of its files; RefusedInput where the artifact has none of that name."""
+        try:
+            return self.folder.read(path)
+        except FileNotFoundError:
+            raise RefusedInput(f"{self.uri}: holds no {path}; make the artifact again") from None
+
     def local(self, subfolder: str = "") -> Path:
         """The local folder with the artifact's files (those under `subfolder`): its own, or a verified copy.
 

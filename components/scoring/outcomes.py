@@ -88,7 +88,7 @@ def excluded(evaluation: Artifact, name: str) -> set[str]:
     if not exams_of(evaluation)[name].excluded:
         return set()
     try:
-        found = _Named.model_validate_json(evaluation.folder.read(CONTAMINATION))
+        found = _Named.model_validate_json(evaluation.read(CONTAMINATION))
     except pydantic.ValidationError:
         raise RefusedInput(
             f"{evaluation.uri}: its {CONTAMINATION} is damaged; evaluate the model again"

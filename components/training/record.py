@@ -63,7 +63,7 @@ def curves(stage: str, artifact: Artifact) -> list[tuple[str, float, int, int]]:
         return []
     return [
         (f"{stage}/{name.removeprefix('train/')}", float(value), int(entry["step"]), int(entry["at"] * 1000))
-        for entry in from_jsonl(artifact.folder.read(HISTORY))
+        for entry in from_jsonl(artifact.read(HISTORY))
         for name, value in metrics(entry).items()
         if name.endswith("/loss")
     ]

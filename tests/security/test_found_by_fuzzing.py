@@ -26,7 +26,7 @@ from components.finetune import FinetuneSettings
 from components.instruct.llm.responses import SCHEMA, stored
 from components.register import Register, RegisterSettings, dataset_digest
 from components.scoring.benchmarks import find
-from components.scoring.outcomes import outcomes
+from components.scoring.outcomes import excluded, outcomes
 from components.shard import ShardSettings
 from components.shard.component import Shard
 from components.training.data import extra_sources
@@ -264,6 +264,18 @@ def test_a_manifest_with_a_number_that_is_none_is_damaged(field: str, number: st
     spoilt = text.replace(f'"{field}": {{}}', f'"{field}": {{"extra": [{{"weight": {number}}}]}}')
     with pytest.raises(ValidationError, match=field):
         Manifest.model_validate_json(spoilt)
+
+
+def test_scores_that_leave_questions_out_need_the_file_that_names_them(tmp_path: Path) -> None:
+    address, manifest = evaluation(tmp_path)
+    manifest["notes"]["exams"]["pope"]["excluded"] = True
+    (address / "manifest.json").write_text(json.dumps(manifest))
+    artifact = read_artifact(open_store(address))
+    assert artifact is not None
+    with pytest.raises(
+        RefusedInput, match="evaluate/.*: holds no contamination.json; make the artifact again"
+    ):
+        excluded(artifact, "pope")
 
 
 def _compressed(path: Path) -> None:
