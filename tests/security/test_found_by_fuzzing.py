@@ -273,7 +273,7 @@ def test_scores_that_leave_questions_out_need_the_file_that_names_them(tmp_path:
     artifact = read_artifact(open_store(address))
     assert artifact is not None
     with pytest.raises(
-        RefusedInput, match="evaluate/.*: holds no contamination.json; make the artifact again"
+        RefusedInput, match=r"evaluate/.*: holds no contamination.json; make the artifact again"
     ):
         excluded(artifact, "pope")
 
