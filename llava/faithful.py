@@ -80,7 +80,11 @@ def _measured_length(key: str, length: int, lazy: _Lazy) -> str | None:
 
 
 def _on_a_copy(config: Any, measure: Callable[[PreTrainedModel], str | None]) -> str | None:
-    if config.get_text_config() is not config:
+    try:
+        text_alone = config.get_text_config() is config
+    except ValueError:  # several of them
+        text_alone = False
+    if not text_alone:
         return "it has parts for more than text; give a causal language model of text alone"
     failed: list[str] = []
     for language in miniatures(config, failed):
@@ -95,7 +99,13 @@ def _on_a_copy(config: Any, measure: Callable[[PreTrainedModel], str | None]) ->
 
 def _difference(language: PreTrainedModel) -> str | None:
     try:
-        return _names(language) or _text(language) or _rows(language) or _answers(language)
+        return (
+            _names(language)
+            or _pictures(language)
+            or _text(language)
+            or _rows(language)
+            or _answers(language)
+        )
     except RefusedInput as error:
         return str(error)
     except Exception as error:
@@ -153,8 +163,22 @@ def stock_around(language: PreTrainedModel) -> LlavaForConditionalGeneration:
 
 
 def _names(language: PreTrainedModel) -> str | None:
-    stock_around(language)
-    layers_of(language.base_model)
+    text: Any = stock_around(language).model.language_model
+    layers_of(text)
+    rows, known = text.get_input_embeddings().weight.shape[0], language.config.vocab_size
+    if rows != known:
+        return f"its embedding has {rows} rows for a vocabulary of {known}"
+    return None
+
+
+def _pictures(language: PreTrainedModel) -> str | None:
+    """Features of pictures are embeddings of no token; some types look tokens up by their embeddings."""
+    text: Any = stock_around(language).model.language_model
+    like: Any = text.get_input_embeddings()(_sample(language, 6).unsqueeze(0))
+    try:
+        text(inputs_embeds=torch.randn_like(like), use_cache=False)
+    except Exception as error:
+        return f"it takes no embeddings but those of tokens, so no pictures ({_one_line(error)})"
     return None
 
 
