@@ -34,7 +34,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from components.backbones.shipped import LANGUAGE, TOWERS
-from llava import faithful, pretrained
+from llava import faithful, generate, pretrained
 from llava import model as models
 from llava.attention import segments
 from llava.conversation import Encoder
@@ -125,27 +125,31 @@ def through_a_folder(language: PreTrainedModel) -> float:
     pictures = CLIPImageProcessorPil(size={"height": 64, "width": 64}, do_center_crop=False)
     tokenizer = pretrained.tokenizer(TOWERS / LANGUAGE)
     model, processor = models.join(tower, language, tokenizer, pictures, "chatml", seed=3)
-    ids, labels, picture = _sample(processor, models.image_tokens(model.config))
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        models.save(model, processor, Path(folder), "chatml")
-        ours = _packed_loss(model, processor, ids, labels, picture)
-        theirs = _stock_loss(Path(folder), ids, labels, picture)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        models.save(model, processor, folder, "chatml")
+        # As a training worker begins, and as an evaluation ends.
+        ours = packed_loss(models.load(folder, torch.float32), models.load_processor(folder))
+        generate.load(folder)
+        theirs = stock_loss(folder)
     return abs(ours - theirs) / abs(theirs)
 
 
-def _sample(processor: Any, image_tokens: int) -> tuple[list[int], list[int], Image.Image]:
+def sample(processor: Any, image_tokens: int) -> tuple[list[int], list[int], Image.Image]:
+    """Ids and labels of one conversation about a picture of noise."""
     pixels = np.random.default_rng(0).integers(0, 256, (50, 80, 3), dtype=np.uint8)
     turns = [
         {"from": "human", "value": "<image>\nWhat is in the picture?"},
-        {"from": "gpt", "value": "A red circle and a blue square."},
+        {"from": "gpt", "value": "Noise, grey."},
     ]
     encoded = Encoder(processor.tokenizer, "chatml", image_tokens).encode(turns, images=1)
     return encoded.ids, encoded.labels, Image.fromarray(pixels)
 
 
-def _packed_loss(
-    model: Any, processor: Any, ids: list[int], labels: list[int], picture: Image.Image
-) -> float:
+@torch.no_grad()
+def packed_loss(model: Any, processor: Any) -> float:
+    """The training forward's loss of the sample, packed behind another one."""
+    ids, labels, picture = sample(processor, models.image_tokens(model.config))
     pixels = Pixels(processor.image_processor)
     before = ids[-20:]
     supervised = [position for position in range(1, len(ids)) if labels[position] >= 0]
@@ -162,9 +166,12 @@ def _packed_loss(
     return float(models.LlavaForTraining(model, pixels)(row))
 
 
-def _stock_loss(folder: Path, ids: list[int], labels: list[int], picture: Image.Image) -> float:
+@torch.no_grad()
+def stock_loss(folder: Path) -> float:
+    """The same sample alone, through what stock transformers loads."""
     stock = LlavaForConditionalGeneration.from_pretrained(folder).eval()
     processor = AutoProcessor.from_pretrained(folder, backend="pil")
+    ids, labels, picture = sample(processor, stock.config.image_seq_length)
     pixels = processor.image_processor(picture, return_tensors="pt")["pixel_values"]
     logits = stock(input_ids=torch.tensor([ids]), pixel_values=pixels).logits[0, :-1]
     return float(torch.nn.functional.cross_entropy(logits, torch.tensor(labels[1:]), reduction="sum"))
@@ -194,8 +201,9 @@ INTRODUCTION = """# Which language models can be trained
 `backbones` measures each language model on a small random copy of its config: its kinds of layers and its settings
 stay, its widths and their number shrink. The copy is put into a stock LLaVA. Losses and gradients of a sample in a
 row of its own, beside another sample and behind two, and what it would answer, must be those of the language model
-by itself. What differs is refused by name before anything is made. This table says what came of
-the default config of families that transformers knows; another config of the same family is measured anew.
+by itself. What differs is refused by name before anything is made. This table says what came of the default config
+of families that transformers knows; another config of the same family is measured anew. How long a sample may be is
+measured apart, with your `max_length`: GPT-OSS, for one, is refused beyond its window of 128 tokens.
 
     python -m benchmarks.model_zoo --out docs/model-zoo.md
 

@@ -15,6 +15,8 @@ from PIL import Image
 from llava.errors import RefusedInput
 from llava.towers import family_of
 
+NOT_READ = "stock transformers cannot read what the tower's layers get; 1 is what the first gives"
+
 
 def agree(folder: Path, config: Any, processor: Any) -> None:
     """Fill `processor` from `config`; raises `RefusedInput` with the folder's name where they contradict each other."""
@@ -49,6 +51,8 @@ def features(config: Any) -> int:
 def _layers(config: Any) -> str | None:
     read, layers = config.vision_feature_layer, config.vision_config.num_hidden_layers
     for layer in read if isinstance(read, list | tuple) else [read]:
+        if layer == 0 and not isinstance(layer, bool):
+            return f"vision_feature_layer 0: {NOT_READ}"
         if isinstance(layer, bool) or not isinstance(layer, int) or not -layers - 1 <= layer <= layers:
             return f"vision_feature_layer is {read}, the tower has {layers} layers: {-layers - 1} to {layers}"
     return None

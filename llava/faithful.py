@@ -7,7 +7,6 @@ and losses, gradients, and what it would answer are compared with the language m
 
 import copy
 import functools
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -34,7 +33,7 @@ def check_language_model(config: Any) -> None:
 
     Takes seconds: the measurement is made on a small copy of its layers.
     """
-    if reason := _measured(_key(config), _Lazy(config)):
+    if reason := _remembered(config, 0):
         raise RefusedInput(f"language model of type {config.model_type!r}: {reason}; {ADVICE}")
 
 
@@ -44,39 +43,25 @@ def check_length(config: Any, max_length: int) -> None:
     What a window, a chunk or scaled positions change begins behind a length; it is looked for with a sample as long
     as may come, up to 8,192 tokens.
     """
-    length = min(max_length, LONGEST)
-    if reason := _measured_length(_key(config), length, _Lazy(config)):
+    if reason := _remembered(config, max(3, min(max_length, LONGEST))):
         raise RefusedInput(
             f"language model of type {config.model_type!r}: {reason}; set max_length to what it reads whole "
             f"(it is {max_length})"
         )
 
 
-class _Lazy:
-    """A config beside its key: equal to any other, so that the cache asks the key alone."""
-
-    def __init__(self, config: Any) -> None:
-        self.config = config
-
-    def __hash__(self) -> int:
-        return 0
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Lazy)
+_found: dict[tuple[str, int], str | None] = {}
+"""What was measured in this process, by the config as text and the length; stages of one workflow ask the same."""
 
 
-def _key(config: Any) -> str:
-    return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True, default=str).encode()).hexdigest()
-
-
-@functools.lru_cache(maxsize=32)
-def _measured(key: str, lazy: _Lazy) -> str | None:
-    return _on_a_copy(lazy.config, _difference)
-
-
-@functools.lru_cache(maxsize=32)
-def _measured_length(key: str, length: int, lazy: _Lazy) -> str | None:
-    return _on_a_copy(lazy.config, functools.partial(_difference_of_length, length=length))
+def _remembered(config: Any, length: int) -> str | None:
+    """What differs, or None; of samples of `length` tokens, or with 0 of short ones in every respect."""
+    key = json.dumps(config.to_dict(), sort_keys=True, default=str), length
+    if key not in _found:
+        _found[key] = _on_a_copy(
+            config, functools.partial(_difference_of_length, length=length) if length else _difference
+        )
+    return _found[key]
 
 
 def _on_a_copy(config: Any, measure: Callable[[PreTrainedModel], str | None]) -> str | None:
@@ -93,30 +78,31 @@ def _on_a_copy(config: Any, measure: Callable[[PreTrainedModel], str | None]) ->
         except Exception as error:  # The copy does not compute by itself: its widths do not go together.
             failed.append(_one_line(error))
             continue
-        return measure(language)
+        try:
+            return measure(language)
+        except RefusedInput as error:
+            return str(error)
+        except Exception as error:
+            return f"inside a stock LLaVA it fails ({_one_line(error)})"
     return f"{NO_COPY} ({failed[-1] if failed else 'it is too large'})"
 
 
 def _difference(language: PreTrainedModel) -> str | None:
-    try:
-        return (
-            _names(language)
-            or _pictures(language)
-            or _text(language)
-            or _rows(language)
-            or _answers(language)
-        )
-    except RefusedInput as error:
-        return str(error)
-    except Exception as error:
-        return f"inside a stock LLaVA it fails ({_one_line(error)})"
+    model = stock_around(language)
+    for look in (_names, _pictures, _text, _rows, _answers):
+        if reason := look(model, language):
+            return reason
+    return None
 
 
 def _difference_of_length(language: PreTrainedModel, length: int) -> str | None:
     model = stock_around(language)
     ids = [_sample(language, count) for count in (19, length - 1)]
     with torch.no_grad():
-        alone = [_alone(language, one) for one in ids]
+        try:
+            alone = [_alone(language, one) for one in ids]
+        except (IndexError, RuntimeError, ValueError) as error:
+            return f"it cannot read {length - 1} tokens ({_one_line(error)})"
         set_packing(model.model.language_model)
         packed = _packed(model, ids)
     for one, other, count in zip(packed, alone, (19, length - 1), strict=True):
@@ -162,8 +148,8 @@ def stock_around(language: PreTrainedModel) -> LlavaForConditionalGeneration:
     return model
 
 
-def _names(language: PreTrainedModel) -> str | None:
-    text: Any = stock_around(language).model.language_model
+def _names(model: LlavaForConditionalGeneration, language: PreTrainedModel) -> str | None:
+    text: Any = model.model.language_model
     layers_of(text)
     rows, known = text.get_input_embeddings().weight.shape[0], language.config.vocab_size
     if rows != known:
@@ -171,9 +157,9 @@ def _names(language: PreTrainedModel) -> str | None:
     return None
 
 
-def _pictures(language: PreTrainedModel) -> str | None:
+def _pictures(model: LlavaForConditionalGeneration, language: PreTrainedModel) -> str | None:
     """Features of pictures are embeddings of no token; some types look tokens up by their embeddings."""
-    text: Any = stock_around(language).model.language_model
+    text: Any = model.model.language_model
     like: Any = text.get_input_embeddings()(_sample(language, 6).unsqueeze(0))
     try:
         text(inputs_embeds=torch.randn_like(like), use_cache=False)
@@ -182,8 +168,8 @@ def _pictures(language: PreTrainedModel) -> str | None:
     return None
 
 
-def _text(language: PreTrainedModel) -> str | None:
-    model, ids = stock_around(language), _sample(language, 40)
+def _text(model: LlavaForConditionalGeneration, language: PreTrainedModel) -> str | None:
+    ids = _sample(language, 40)
     with torch.no_grad():
         ours = model(input_ids=ids.unsqueeze(0), use_cache=False).logits
         theirs = language(input_ids=ids.unsqueeze(0), use_cache=False).logits
@@ -192,11 +178,12 @@ def _text(language: PreTrainedModel) -> str | None:
     return None
 
 
-def _rows(language: PreTrainedModel) -> str | None:
-    """Each sample alone, as a row of its own, and between two others."""
-    model = stock_around(language)
+def _rows(model: LlavaForConditionalGeneration, language: PreTrainedModel) -> str | None:
+    """Each sample in a row of its own, beside another, and behind two."""
     ids = [_sample(language, count) for count in _LENGTHS]
-    set_packing(model.model.language_model)
+    text: Any = model.model.language_model
+    before = text.config._attn_implementation
+    set_packing(text)
     untied = bool(getattr(language.config, "tie_word_embeddings", False)) and not ties(language)
     for number in (0, 1):
         alone = _gradients(language, _alone(language, ids[number]), False)
@@ -208,12 +195,13 @@ def _rows(language: PreTrainedModel) -> str | None:
             ours = _gradients(model, _packed(model, row)[at], untied)
             if wrong := _compare(ours, alone):
                 return f"{how}, a sample's {wrong}"
+    if text.config._attn_implementation != before:
+        text.set_attn_implementation(before)
     return None
 
 
-def _answers(language: PreTrainedModel) -> str | None:
+def _answers(model: Any, language: Any) -> str | None:
     """Three greedy tokens with a cache."""
-    model: Any = stock_around(language)
     ids = _sample(language, 24).unsqueeze(0)
     settings: dict[str, Any] = {
         "max_new_tokens": 3,
@@ -224,12 +212,10 @@ def _answers(language: PreTrainedModel) -> str | None:
         "return_dict_in_generate": True,
     }
     mask = torch.ones_like(ids)
-    alone: Any = language
-    embed: Any = model.get_input_embeddings()
-    embeds = embed(ids)
+    embeds = model.get_input_embeddings()(ids)
     with torch.no_grad():
         ours = model.generate(input_ids=ids, inputs_embeds=embeds, attention_mask=mask, **settings).logits
-        theirs = alone.generate(input_ids=ids, attention_mask=mask, **settings).logits
+        theirs = language.generate(input_ids=ids, attention_mask=mask, **settings).logits
     if not _close_all(torch.stack(ours), torch.stack(theirs)):
         return "inside a stock LLaVA it answers otherwise than by itself"
     return None

@@ -53,8 +53,8 @@ def miniatures(config: PretrainedConfig, failed: list[str] | None = None) -> Ite
     """Small causal language models with the settings of `config` and random weights in fp32; the smallest first.
 
     A model whose widths hang together in a way that is not known comes with its own widths and few layers, where
-    that has less than 200 million weights. Nothing is given where none can be made;
-    `failed` gets what went wrong, a line each.
+    that has less than 200 million weights. Nothing is given where none can be made; `failed` gets the reasons, a
+    line each.
     """
     for narrow in (True, False):
         try:
@@ -69,9 +69,7 @@ def miniatures(config: PretrainedConfig, failed: list[str] | None = None) -> Ite
                 torch.manual_seed(0)
                 model: PreTrainedModel = pretrained.random_language_model(small).eval()
                 randomise(model)
-        except (
-            Exception
-        ) as error:  # Widths that do not go together fail in a hundred ways, each in its own code.
+        except Exception as error:  # Widths that do not go together fail in a hundred ways.
             if failed is not None:
                 failed.append(f"{type(error).__name__}: {' '.join(str(error).split())[:120]}")
             continue
@@ -109,14 +107,15 @@ def _smaller(config: PretrainedConfig, narrow: bool) -> PretrainedConfig:
             changes[name] = min(value, 8)
         elif name in _CHOSEN and isinstance(value, int):
             changes[name] = min(value, 2)
-    changes |= {name: min(value, 2) for name in ("n_group",) if isinstance(value := found.get(name), int)}
-    changes |= {name: 1 for name in ("topk_group",) if isinstance(found.get(name), int)}
-    # Dropout and the jitter of routers are no property of the model.
+    if isinstance(groups := found.get("n_group"), int):
+        changes["n_group"] = min(groups, 2)
+    if isinstance(found.get("topk_group"), int):
+        changes["topk_group"] = 1
+    # The jitter of routers is chance; dropout ends with evaluation mode.
     changes |= {name: 0.0 for name, value in found.items() if "jitter" in name and isinstance(value, float)}
     if narrow:
         changes |= _narrow(found)
-    small = type(config).from_dict({**found, **changes, "quantization_config": None, "dtype": "float32"})
-    return small
+    return type(config).from_dict({**found, **changes, "quantization_config": None, "dtype": "float32"})
 
 
 def _narrow(found: dict[str, Any]) -> Change:

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from llava import export, pretrained
-from llava.agreement import agree, features
+from llava.agreement import NOT_READ, agree, features
 from llava.choices import Fit
 from llava.conversation import Encoder
 from llava.data.collate import PackedRow
@@ -143,6 +143,8 @@ def _cls_positions(vision: PreTrainedModel, reading: Reading) -> int:
     before = family_of(kind).before_patches
     if reading.keep_cls and not before:
         raise RefusedInput(f"keep_cls: a tower of type {kind!r} has no CLS position to keep")
+    if reading.feature_layer == 0:
+        raise RefusedInput(f"feature_layer 0: {NOT_READ}")
     if not -layers - 1 <= reading.feature_layer <= layers:
         raise RefusedInput(f"feature_layer {reading.feature_layer}: the vision tower has {layers} layers")
     return before
@@ -367,13 +369,13 @@ def hidden_states(tower: PreTrainedModel, pixel_values: torch.Tensor, last: int)
 
 @contextlib.contextmanager
 def stock_attention(model: LlavaForConditionalGeneration) -> Iterator[None]:
-    """SDPA with masks while the body runs: what generation and the saved config need."""
+    """Its own attention with masks, SDPA where it has it, while the body runs: for generation and the saved config."""
     text = model.model.language_model
     if text.config.model_type in MASKED:
         yield
         return
     before = text.config._attn_implementation
-    text.set_attn_implementation("sdpa")
+    text.set_attn_implementation(stock_attention_of(text.config))
     try:
         yield
     finally:

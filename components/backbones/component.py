@@ -62,7 +62,8 @@ class BackbonesSettings(Settings):
             raise ValueError(f"template {self.template!r} is unknown; known: {', '.join(sorted(NAMES))}")
         if self.feature_layer == 0:
             raise ValueError(
-                "feature_layer=0 is what the tower's layers get, not what they give; 1 is the first"
+                "feature_layer=0: stock transformers cannot read what the tower's layers get; 1 is what the first "
+                "gives"
             )
         named = {name for name in ("vision", "language") if getattr(self, name) is not None}
         if self.kind == "tiny":

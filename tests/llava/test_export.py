@@ -11,10 +11,11 @@ import torch
 from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
 
+from benchmarks.model_zoo import stock_loss
 from llava import export, generate
 from llava import model as models
 from llava.model import Reading
-from tests.llava.test_model import TOWERS, made, stock_loss
+from tests.llava.test_model import TOWERS, made
 from tests.support.tiny_llava import byte_tokenizer
 
 ROPE = {"rope_theta": 500000.0, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,

@@ -3,7 +3,15 @@
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig, LlavaConfig, MistralConfig, Phi3Config, Qwen3NextConfig
+from transformers import (
+    GraniteConfig,
+    LlamaConfig,
+    LlavaConfig,
+    MistralConfig,
+    OPTConfig,
+    Phi3Config,
+    Qwen3NextConfig,
+)
 
 from llava import faithful
 from llava.errors import RefusedInput
@@ -35,7 +43,19 @@ def test_recurrent_layers_are_refused_by_name_and_figure() -> None:
 
 
 def test_a_setting_counts_and_not_the_family() -> None:
-    faithful.check_language_model(LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True))
+    faithful.check_language_model(GraniteConfig(**SMALL))
+    with pytest.raises(RefusedInput, match="'granite': inside a stock LLaVA its logits differ"):
+        faithful.check_language_model(GraniteConfig(**SMALL, logits_scaling=8.0))
+
+
+def test_positions_that_are_learnt_end_somewhere() -> None:
+    config = OPTConfig(hidden_size=64, ffn_dim=64, num_attention_heads=4, max_position_embeddings=64)
+    faithful.check_length(config, 60)
+    with pytest.raises(
+        RefusedInput, match=r"'opt': it cannot read 199 tokens \(IndexError.*\(it is 200\)"
+    ) as told:
+        faithful.check_length(config, 200)
+    assert "\n" not in str(told.value)
 
 
 def test_the_config_is_left_as_it_was() -> None:

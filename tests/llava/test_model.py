@@ -4,12 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers import (
-    AutoProcessor,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -30,13 +28,10 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from benchmarks.model_zoo import packed_loss, stock_loss
 from llava import model as models
-from llava.attention import segments
-from llava.conversation import Encoder
-from llava.data.collate import PackedRow
 from llava.errors import RefusedInput
 from llava.model import Reading
-from llava.pixels import Pixels
 from tests.support.tiny_llava import byte_tokenizer
 
 SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
@@ -82,51 +77,12 @@ def made(
     return models.join(vision, text, tokenizer, pictures, "chatml", 3, reading, **more)
 
 
-def sample(processor: Any, tokens: int) -> tuple[list[int], list[int], Image.Image]:
-    """Ids and labels of one conversation about a picture of noise."""
-    pixels = np.random.default_rng(0).integers(0, 256, (50, 80, 3), dtype=np.uint8)
-    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Noise, grey."}]
-    encoded = Encoder(processor.tokenizer, "chatml", tokens).encode(turns, images=1)
-    return encoded.ids, encoded.labels, Image.fromarray(pixels)
-
-
-def our_loss(model: LlavaForConditionalGeneration, processor: Any) -> float:
-    """The training forward's loss of the sample, packed behind another one."""
-    ids, labels, picture = sample(processor, models.image_tokens(model.config))
-    pixels = Pixels(processor.image_processor)
-    before = ids[-20:]
-    supervised = [position for position in range(1, len(ids)) if labels[position] >= 0]
-    row = PackedRow(
-        input_ids=torch.tensor(before + ids),
-        position_ids=torch.tensor([*range(len(before)), *range(len(ids))]),
-        segments=segments([len(before), len(ids)]),
-        image_positions=torch.tensor(
-            [len(before) + at for at, token in enumerate(ids) if token == model.config.image_token_index]
-        ),
-        pixels=torch.from_numpy(pixels(picture)[None]),
-        predict=torch.tensor([len(before) + position - 1 for position in supervised]),
-        targets=torch.tensor([ids[position] for position in supervised]),
-    )
-    return float(models.LlavaForTraining(model, pixels)(row).detach())
-
-
-def stock_loss(folder: Path) -> float:
-    """The same sample alone, through what stock transformers loads."""
-    model = LlavaForConditionalGeneration.from_pretrained(folder)
-    processor = AutoProcessor.from_pretrained(folder, backend="pil")
-    ids, labels, picture = sample(processor, model.config.image_seq_length)
-    pixels = processor.image_processor(picture, return_tensors="pt")["pixel_values"]
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor([ids]), pixel_values=pixels).logits[0, :-1]
-    return float(torch.nn.functional.cross_entropy(logits, torch.tensor(labels[1:]), reduction="sum"))
-
-
 @pytest.mark.parametrize("tower", TOWERS)
 @pytest.mark.parametrize("language", LANGUAGE)
 def test_training_computes_what_the_stock_folder_computes(tower: str, language: str, tmp_path: Path) -> None:
     model, processor = made(tower, language)
     models.save(model, processor, tmp_path, "chatml")
-    assert stock_loss(tmp_path) == pytest.approx(our_loss(model, processor), rel=1e-5)
+    assert stock_loss(tmp_path) == pytest.approx(packed_loss(model, processor), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -148,9 +104,9 @@ def test_the_stock_processor_writes_as_many_slots_as_the_tower_gives_features(
 def test_the_layer_that_is_read_is_config(layer: int, tmp_path: Path) -> None:
     model, processor = made(reading=Reading(feature_layer=layer))
     models.save(model, processor, tmp_path, "chatml")
-    assert stock_loss(tmp_path) == pytest.approx(our_loss(model, processor), rel=1e-5)
+    assert stock_loss(tmp_path) == pytest.approx(packed_loss(model, processor), rel=1e-5)
     other, _ = made(reading=Reading(feature_layer=-2))
-    assert our_loss(other, processor) != pytest.approx(our_loss(model, processor), rel=1e-5)
+    assert packed_loss(other, processor) != pytest.approx(packed_loss(model, processor), rel=1e-5)
 
 
 def test_a_linear_projector_is_stored_as_the_stock_one_and_stays_linear(tmp_path: Path) -> None:
@@ -204,6 +160,7 @@ def test_the_seed_alone_decides_the_projector() -> None:
         ("siglip", Reading(keep_cls=True), "keep_cls: .*siglip.* has no CLS"),
         ("clip", Reading(feature_layer=-5), "feature_layer -5: the vision tower has 3 layers"),
         ("clip", Reading(feature_layer=4), "feature_layer 4"),
+        ("clip", Reading(feature_layer=0), "feature_layer 0: stock transformers cannot read"),
     ],
 )
 def test_what_cannot_be_read_is_refused(tower: str, reading: Reading, message: str) -> None:

@@ -185,6 +185,10 @@ def without_projector(folder: Path) -> None:
         (edit("config.json", model_type="llava_next"), "a model of type 'llava_next'"),
         (edit("config.json", image_token_index=7), "image token is 259, the config's 7"),
         (edit("config.json", image_seq_length=17), "image_seq_length is 17, the tower gives 16"),
+        (
+            edit("config.json", vision_feature_layer=0),
+            "vision_feature_layer 0: stock transformers cannot read",
+        ),
         (edit("config.json", vision_feature_layer=-9), "vision_feature_layer is -9, the tower has 2 layers"),
         (
             edit("config.json", vision_feature_layer=[-2, 7]),
