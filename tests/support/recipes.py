@@ -13,7 +13,7 @@ from pathlib import Path
 from tests.support.repository import REPOSITORY
 
 PAGE = REPOSITORY / "docs" / "extending.md"
-COPIED = ("llava", "components", "workflows", "tests")
+COPIED = ("benchmarks", "llava", "components", "workflows", "tests")
 _FENCE = re.compile(r"^```(\w+) (\S+)\n(.*?)^```$", re.M | re.S)
 
 
