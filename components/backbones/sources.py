@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,12 +107,17 @@ class WeightsSource:
                 f"backbones.{self.what}={self.location}: the hub shows no such {missing} "
                 f"({self.revision}); a private or gated one needs HF_TOKEN in the environment"
             ) from None
-        except (HfHubHTTPError, OSError) as error:
+        except (HfHubHTTPError, OSError, *_errors_of_its_client()) as error:
             reason = " ".join(str(error).split())[:300]
             raise LlavaError(
                 f"backbones.{self.what}={self.location}: the hub does not answer: {reason}"
             ) from error
         return folder
+
+
+def _errors_of_its_client() -> tuple[type[Exception], ...]:
+    """What the hub's HTTP client raises: older versions of the hub's library let it through, and its name changed."""
+    return tuple(sys.modules[name].HTTPError for name in ("httpx", "httpx2") if name in sys.modules)
 
 
 def _is_commit(revision: str) -> bool:

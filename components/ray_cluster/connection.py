@@ -103,6 +103,8 @@ def leave(status: int) -> None:
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError):
                 stream.flush()
+        if _joined.folder is not None:
+            _joined.folder.told()
         os._exit(status)
 
 

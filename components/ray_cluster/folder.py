@@ -37,7 +37,6 @@ class ClusterFolder:
             [sys.executable, "-I", "-S", watchdog.__file__, str(os.getpid()), str(self.path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
             env={},
             cwd="/",
             pass_fds=(lock,),
@@ -45,10 +44,19 @@ class ClusterFolder:
         )
         os.close(lock)
 
+    def told(self) -> None:
+        """Say to the watchdog that the command leaves by itself: without this it tells of a command that was killed."""
+        assert self._watchdog.stdin is not None
+        if self._watchdog.stdin.closed:
+            return
+        with suppress(OSError):  # somebody killed the watchdog
+            os.write(self._watchdog.stdin.fileno(), watchdog.TOLD)
+
     def end(self) -> None:
         """End what is left of the cluster and remove the folder; returns when it is done."""
         if os.getpid() != self._owner:
             return  # a forked child
+        self.told()
         assert self._watchdog.stdin is not None
         self._watchdog.stdin.close()
         with suppress(subprocess.TimeoutExpired):

@@ -2,6 +2,8 @@
 
 It runs alone, without the package: `python watchdog.py PID FOLDER`. It waits until the process PID is gone, or until
 its standard input ends. Then it kills every process of the cluster and removes FOLDER, which only this cluster uses.
+A command that leaves by itself says so with one byte. One that does not was killed, or Ray ended it: the watchdog says
+so in its place, on the standard error that they share.
 
 A process belongs to the cluster if it was started with FOLDER in the variable `LLAVA_CLUSTER`, or has a file of FOLDER
 open. Its name and its parent do not count: Ray's processes change the one and lose the other.
@@ -19,6 +21,12 @@ from pathlib import Path
 
 MARK = "LLAVA_CLUSTER"
 """The environment variable that names the folder of the cluster to which a process belongs."""
+TOLD = b"."
+"""What the command writes to the watchdog before it leaves: how it ended is told."""
+_UNTOLD = (
+    b"error: the command is gone: it was killed (kill -9, or no memory left), or its Ray cluster was; the same "
+    b"command goes on from what is kept\n"
+)
 _SECONDS = 60.0
 _PROC = Path("/proc")
 
@@ -66,19 +74,26 @@ def _kill(pid: int, folder: str) -> None:
             os.close(handle)
 
 
-def _wait_for(pid: int) -> None:
-    """Until the process `pid` is gone or closes this one's standard input."""
-    waiting = select.poll()
-    waiting.register(sys.stdin.fileno(), select.POLLIN | select.POLLHUP)
+def _wait_for(pid: int) -> bool:
+    """Until the process `pid` is gone, or says that it leaves; whether it has said so."""
+    waiting, told = select.poll(), sys.stdin.fileno()
+    waiting.register(told, select.POLLIN | select.POLLHUP)
     with suppress(OSError):
         waiting.register(os.pidfd_open(pid), select.POLLIN)
     waiting.poll()
+    os.set_blocking(told, False)
+    try:
+        return os.read(told, 1) == TOLD
+    except BlockingIOError:  # gone, while another process holds the pipe
+        return False
 
 
 def _main(pid: int, folder: str) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    _wait_for(pid)
+    if not _wait_for(pid):
+        with suppress(OSError):  # a terminal that is closed
+            os.write(2, _UNTOLD)
     end(folder, spare=frozenset((pid,)))
 
 

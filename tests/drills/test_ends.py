@@ -93,6 +93,9 @@ def test_whatever_ends_the_command_nothing_runs_on_and_the_same_command_finishes
         assert status == {"SIGHUP": 4, "command": -signal.SIGKILL}.get(way, status) != 0
         assert left == []
         assert running.folders() == []
+        # Ray ends the command at once where it loses its raylet or its head: its watchdog says so in its place.
+        # A command that is killed before it has a cluster has no watchdog.
+        assert len(told(running)) == 1 or (way == "command" and not told(running)), running.err
     began = time.monotonic()
     with start(tmp_path) as again:
         summary = summary_of(again)

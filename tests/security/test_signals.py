@@ -31,6 +31,10 @@ def _named(name: str) -> Callable[[Signalled], None]:
     return lambda running: running.until_there(name).kill()
 
 
+def _errors(running: Signalled) -> list[str]:
+    return [line for line in running.err.splitlines() if line.startswith("error: ")]
+
+
 def _everything(running: Signalled) -> None:
     for one in running.left():
         with suppress(psutil.Error):  # some go with those that were killed before them
@@ -82,6 +86,7 @@ def test_kill_9_leaves_nothing(kill: Callable[[Signalled], None]) -> None:
         assert running.wait() != 0
         assert running.left_after(SOON) == []
         assert running.folders() == []
+        assert len(_errors(running)) == 1, running.err
 
 
 @pytest.mark.drill
