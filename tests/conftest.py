@@ -39,16 +39,16 @@ BUCKET = "llava-tests"
 PHOTOS = SHARED / "data" / "coco"
 WAIT = 90.0  # seconds: a busy machine starts slowly
 LONGEST = (
-    "drills/test_kills.py",
-    "drills/test_kills_of_drivers.py",
     "workflows/test_train.py",
     "workflows/kubernetes/test_rayjob_submitted.py",
-    # A process that is down to its last test gets another module: this one waits for the drills, which are one test.
-    "components/backbones/test_given.py",
-    "components/contract/test_tracking.py",
     "components/training/test_stage.py",
-    "components/evaluate/test_evaluation.py",
+    # Waits for the run that `test_train.py` makes, if that is not done yet.
+    "drills/test_kills.py",
+    # A process that is down to its last test gets another module: this one waits for the drill, which is one test.
+    "components/backbones/test_given.py",
     "components/instruct/llm/test_stage.py",
+    "components/contract/test_tracking.py",
+    "components/evaluate/test_evaluation.py",
     "components/training/test_deepspeed_engine.py",
     "components/datasets/test_tasks.py",
 )

@@ -107,7 +107,9 @@ class WeightsSource:
                 f"backbones.{self.what}={self.location}: the hub shows no such {missing} "
                 f"({self.revision}); a private or gated one needs HF_TOKEN in the environment"
             ) from None
-        except (HfHubHTTPError, OSError, *_errors_of_its_client()) as error:
+        except Exception as error:
+            if not isinstance(error, (HfHubHTTPError, OSError, *_errors_of_its_client())):
+                raise
             reason = " ".join(str(error).split())[:300]
             raise LlavaError(
                 f"backbones.{self.what}={self.location}: the hub does not answer: {reason}"

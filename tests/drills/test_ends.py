@@ -19,8 +19,8 @@ from mlflow import MlflowClient
 
 from components.contract import open_artifact
 from tests.drills.test_outages import SMALL, contents
+from tests.support.command import LLAVA
 from tests.support.signalled import Signalled
-from tests.workflows.test_train import LLAVA
 
 SOON = 30.0  # seconds: a busy machine is slow
 SEED = int(os.environ.get("LLAVA_DRILL_SEED", random.SystemRandom().randrange(10**6)))

@@ -1,8 +1,9 @@
 """Kill drills on real processes: whatever dies while a stage trains, the same command ends with the same bits.
 
 A drill is the command `llava finetune tiny`, made small: stage 1 with ZeRO-2, then stage 2 with ZeRO-3 (or the
-other way round); for every run of the tests stage 2 alone. What it leaves is compared with a run that nobody
-disturbed: loss curve, weights, the ids that made each step, and what MLflow holds.
+other way round); for every run of the tests stage 2 alone, as it stands in the run that all tests share. What it
+leaves is compared with a run that nobody disturbed: loss curve, weights, the ids that made each step, and what MLflow
+holds.
 """
 
 import json
@@ -20,16 +21,17 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from filelock import FileLock
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 from components.contract import open_artifact
-from tests.workflows.test_train import LLAVA, environment
+from tests.support.command import LLAVA, environment
+from tests.support.whole_run import SHARED, trained
 
 EPOCHS = 2
 WAIT = 600.0  # seconds: a busy machine starts slowly
 QUICK = environment(RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2")
+BEFORE = ("backbones", "shard", "instruct")
 BOTH = {"pretrain": 2, "finetune": 3}
 """Stage and its ZeRO stage."""
 
@@ -60,7 +62,7 @@ class Drill:
     """One root, and the commands that work on it."""
 
     def __init__(self, root: Path, zero: dict[str, int]):
-        self.root, self.zero = root, zero
+        self.root, self.zero, self.arguments = root, zero, arguments(zero)
         self.log = root.parent / f"{root.name}.log"
         self.driver: subprocess.Popen[bytes] | None = None
 
@@ -68,7 +70,7 @@ class Drill:
         """The command, in the background."""
         with self.log.open("ab") as log:
             self.driver = subprocess.Popen(
-                [*LLAVA, *arguments(self.zero), "--root", str(self.root)],
+                [*LLAVA, *self.arguments, "--root", str(self.root)],
                 cwd=self.root.parent,
                 env=QUICK,
                 stdout=log,
@@ -206,9 +208,11 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Drill:
     return undisturbed(tmp_path_factory.mktemp("reference") / "root", BOTH)
 
 
-def prepared(reference: Drill, root: Path, zero: dict[str, int] | None = None) -> Drill:
-    """A drill whose root holds what comes before training."""
-    for stage in ("backbones", "shard", "instruct"):
+def prepared(
+    reference: Drill, root: Path, stages: tuple[str, ...] = BEFORE, zero: dict[str, int] | None = None
+) -> Drill:
+    """A drill whose root holds what these stages made."""
+    for stage in stages:
         shutil.copytree(reference.root / stage, root / stage)
     return Drill(root, zero or reference.zero)
 
@@ -242,36 +246,28 @@ def assert_nothing_was_lost(drill: Drill, reference: Drill) -> None:
             assert sorted(metric.step for metric in logged) == list(range(1, len(curve) + 1))
 
 
-def finetuned(tmp_path_factory: pytest.TempPathFactory) -> Drill:
-    """Stage 2 undisturbed, made once for all processes of a test run: who comes first makes it, the others wait."""
-    shared = tmp_path_factory.getbasetemp()
-    # Under xdist each process has a folder of its own inside the run's.
-    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
-    drill = Drill(shared / "finetuned" / "root", {"finetune": 3})
-    with FileLock(shared / "finetuned.lock"):
-        if not list(drill.root.glob("finetune/*/manifest.json")):
-            drill.root.mkdir(parents=True, exist_ok=True)
-            undisturbed(drill.root, drill.zero)
-    return drill
-
-
-def test_a_worker_and_a_sigterm_cost_nothing_but_time(
+def test_a_worker_a_driver_a_cluster_and_a_sigterm_cost_nothing_but_time(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    reference = finetuned(tmp_path_factory)
-    drill = prepared(reference, tmp_path / "root")
+    folder, _ = trained(tmp_path_factory)
+    reference = Drill(folder / "runs", {"finetune": 3})
+    drill = prepared(reference, tmp_path / "root", ("backbones", "shard", "instruct", "pretrain"))
+    drill.arguments = ["finetune", "tiny", *SHARED, "--set", "finetune.checkpoint_every=2"]
     try:
         drill.start()
         drill.next_checkpoint("finetune")
         kill_worker(drill)
-        drill.next_checkpoint("finetune")
-        terminate(drill)
+        for kill_it in (kill_driver, kill_cluster, terminate):
+            drill.next_checkpoint("finetune")
+            kill_it(drill)
+            if kill_it is not terminate:
+                drill.start()
         assert "saved after step" in drill.log.read_text()
         drill.finish()
     finally:
         drill.close()
     told = drill.log.read_text()
-    assert told.count("resuming after step") == 2, told
+    assert told.count("resuming after step") == 4, told
     assert_nothing_was_lost(drill, reference)
 
 
@@ -284,7 +280,7 @@ def test_a_random_kill_at_a_random_moment(
     kind, stage = list(KINDS)[round_ % 6], list(BOTH)[(round_ + round_ // 6) % 2]
     expected = (reference, swapped)[round_ // 2 % 2]
     moments = random.randint(1, 3)
-    drill = prepared(reference, tmp_path / "root", expected.zero)
+    drill = prepared(reference, tmp_path / "root", zero=expected.zero)
     try:
         drill.start()
         for _ in range(moments):

@@ -23,8 +23,8 @@ from mlflow import MlflowClient
 
 from components.contract import Artifact, open_artifact
 from tests.conftest import BUCKET, S3Server
+from tests.support.command import LLAVA, environment
 from tests.support.faulty_proxy import FaultyProxy
-from tests.workflows.test_train import LLAVA, environment
 
 AWAY = 20.0  # seconds
 WAIT = 1800.0  # seconds: a busy machine is slow, and that is no fault

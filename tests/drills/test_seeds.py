@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from components.contract import open_artifact
-from tests.workflows.test_train import LLAVA, SMALL, Run, environment, llava
+from tests.support.command import LLAVA, environment
+from tests.support.whole_run import SMALL, Run, llava
 
 pytestmark = pytest.mark.drill
 

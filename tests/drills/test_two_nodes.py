@@ -13,7 +13,7 @@ from ray.cluster_utils import Cluster
 
 from components.contract import open_artifact
 from tests.drills.test_kills import WAIT, arguments, rows
-from tests.workflows.test_train import LLAVA, environment
+from tests.support.command import LLAVA, environment
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 from components.contract import artifact_folders, find_artifact, open_artifact, open_store
 from components.evaluate import contamination
 from tests.support.recipes import Recipe, copied, lint, run
-from tests.workflows.test_train import SMALL
+from tests.support.whole_run import SMALL
 
 pytestmark = pytest.mark.services
 

@@ -20,6 +20,15 @@ SETTINGS_OF_OTHERS = (
 )
 
 
+LLAVA = [str(Path(sys.executable).parent / "llava")]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """Of a command that finds no cluster and no server but those of the test."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
+    return {**kept, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONWARNINGS": "ignore", **extra}
+
+
 class Ended(NamedTuple):
     """What a command left behind."""
 

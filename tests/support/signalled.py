@@ -15,7 +15,7 @@ from uuid import uuid4
 
 import psutil
 
-from tests.workflows.test_train import environment
+from tests.support.command import environment
 
 WAIT = 240.0  # seconds: a busy machine starts slowly
 MARK = "LLAVA_TEST_MARK"

@@ -1,13 +1,9 @@
 """The whole way of the data on real parts: a small run, run again, asked, killed, on S3, as a Ray job."""
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,52 +16,17 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from components.contract import open_artifact
 from components.registry import Registry
 from components.tiny_world import scenes
+from tests.support.command import LLAVA, environment
+from tests.support.whole_run import SHARED, Run, llava, trained
+from workflows.show import show
 
-LLAVA = [str(Path(sys.executable).parent / "llava")]
-SMALL = [
-    "--set", "shard.scenes=320", "--set", "instruct.heldout_questions=40", "--set", "instruct.per_photo=1",
-    "--set", "finetune.epochs=1", "--set", "pretrain.epochs=0.5", "--set", "pretrain.workers=1",
-    "--set", "evaluate.workers=1",
-]  # fmt: skip
 ALONE = [part for stage in ("pretrain", "finetune", "evaluate") for part in ("--set", f"{stage}.workers=1")]
 
 
-@dataclass
-class Run:
-    """One `llava` command: its status, what it wrote, and its summary."""
-
-    status: int
-    err: str
-    summary: dict[str, Any]
-
-
-def environment(**extra: str) -> dict[str, str]:
-    """Of a command that finds no cluster and no server but those of the test."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
-    return {**kept, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONWARNINGS": "ignore", **extra}
-
-
-def llava(*arguments: str, cwd: Path, **extra: str) -> Run:
-    done = subprocess.run(
-        [*LLAVA, *arguments, "--json"],
-        cwd=cwd,
-        env=environment(**extra),
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    lines = done.stdout.strip().splitlines()
-    return Run(done.returncode, done.stderr, json.loads(lines[-1]) if lines else {})
-
-
 @pytest.fixture(scope="module")
-def first(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Run]]:
+def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Run]:
     """A folder in which `llava train tiny`, made smaller, ran once."""
-    folder = tmp_path_factory.mktemp("workflow")
-    run = llava("train", "tiny", *SMALL, cwd=folder)
-    assert run.status == 0, run.err
-    yield folder, run
+    return trained(tmp_path_factory)
 
 
 def test_the_summary_names_artifacts_scores_and_the_version(first: tuple[Path, Run]) -> None:
@@ -82,7 +43,7 @@ def test_the_summary_names_artifacts_scores_and_the_version(first: tuple[Path, R
 
 def test_the_same_command_again_finds_everything_and_registers_nothing(first: tuple[Path, Run]) -> None:
     folder, run = first
-    again = llava("train", "tiny", *SMALL, cwd=folder)
+    again = llava("train", "tiny", *SHARED, cwd=folder)
     assert again.status == 0, again.err
     assert again.summary["reused"] == list(run.summary["artifacts"])
     assert again.summary["artifacts"] == run.summary["artifacts"]
@@ -178,7 +139,7 @@ def test_ask_gives_the_champions_answer(first: tuple[Path, Run], tmp_path: Path)
 
 def test_questions_about_one_picture_are_refused_before_training(first: tuple[Path, Run]) -> None:
     folder, run = first
-    refused = llava("train", "tiny", *SMALL, "--set", "instruct.heldout_questions=1", cwd=folder)
+    refused = llava("train", "tiny", *SHARED, "--set", "instruct.heldout_questions=1", cwd=folder)
     assert (refused.status, refused.summary) == (2, {})
     assert "its 1 held-out questions show one picture" in refused.err
     trained = [path.parent for path in folder.glob("runs/finetune/*/manifest.json")]
@@ -195,7 +156,7 @@ def test_an_evaluation_whose_driver_is_killed_goes_on_with_the_batches_that_are_
     finished = Path(run.summary["artifacts"]["evaluate"])
     (artifact,) = (tmp_path / "runs" / "evaluate").iterdir()
     shutil.rmtree(artifact)
-    command = ["evaluate", "tiny", *SMALL, "--set", "evaluate.batch_size=4"]
+    command = ["evaluate", "tiny", *SHARED, "--set", "evaluate.batch_size=4"]
     log = tmp_path / "log"
     with log.open("wb") as written:
         driver = subprocess.Popen([*LLAVA, *command], cwd=tmp_path, env=environment(), stderr=written)
@@ -219,7 +180,10 @@ def test_an_evaluation_whose_driver_is_killed_goes_on_with_the_batches_that_are_
 
 
 def test_prune_keeps_what_a_version_comes_from_and_removes_the_rest(
-    first: tuple[Path, Run], tmp_path: Path
+    first: tuple[Path, Run],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder, run = first
     shutil.copytree(folder / "runs", tmp_path / "runs")
@@ -241,13 +205,10 @@ def test_prune_keeps_what_a_version_comes_from_and_removes_the_rest(
         assert "unfinished        1.0 MiB" in done.stderr
         assert (tmp_path / "runs" / "shard" / "0123456789abcdef" / "train").exists() is left
     assert not any(path.exists() for path in made)
+    monkeypatch.chdir(tmp_path)
     for uri in run.summary["artifacts"].values():
-        shown = subprocess.run(
-            [*LLAVA, "show", uri], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=100,
-            check=False,
-        )  # fmt: skip
-        assert "all there" in shown.stderr
-        assert (tmp_path / "runs" / Path(uri).relative_to(folder / "runs") / "manifest.json").exists()
+        show(str(tmp_path / "runs" / Path(uri).relative_to(folder / "runs")))
+        assert "all there" in capsys.readouterr().err
 
 
 @pytest.mark.drill

@@ -21,7 +21,7 @@ from components.contract import open_artifact, open_store
 from components.registry import Registry
 from tests.conftest import S3Server
 from tests.support.repository import REPOSITORY
-from tests.workflows.test_train import SMALL
+from tests.support.whole_run import SMALL
 
 BIN = Path(sys.executable).parent
 PORTS = (

@@ -20,8 +20,8 @@ from components.contract import Store, open_artifact, open_store
 from components.registry import Registry
 from llava.errors import AlreadyRunning, RefusedInput
 from tests.conftest import BUCKET, S3Server
+from tests.support.command import LLAVA, environment
 from tests.support.drops_of_shapes import arrive, records
-from tests.workflows.test_train import LLAVA, environment
 from workflows import config as configs
 from workflows import train
 from workflows.retraining.drops import READY, RECORDS
