@@ -132,8 +132,17 @@ def test_a_tar_with_an_impossible_size_is_refused_before_work(tmp_path: Path, si
         found(settings)
 
 
-@pytest.mark.parametrize("name", ["images.zip", "images.tar"])
-@pytest.mark.parametrize("damage", ["empty", "cut", "noise"])
+@pytest.mark.parametrize(
+    ("damage", "name"),
+    [
+        ("empty", "images.zip"),
+        ("empty", "images.tar"),
+        ("cut", "images.zip"),
+        ("cut", "images.tar"),
+        # A zip's table stands at its end.
+        ("noise", "images.tar"),
+    ],
+)
 def test_a_damaged_archive_of_photos_is_refused_before_work(tmp_path: Path, name: str, damage: str) -> None:
     files = photos(20)
     settings = coco(tmp_path / "data", files)
@@ -144,8 +153,6 @@ def test_a_damaged_archive_of_photos_is_refused_before_work(tmp_path: Path, name
         "cut": whole[: len(whole) // 2],
         "noise": whole[:1024] + b"\x07" * 4096 + whole[5120:],
     }
-    if (damage, name) == ("noise", "images.zip"):
-        pytest.skip("a zip's table stands at its end")
     (tmp_path / "data" / name).write_bytes(bad[damage])
     with pytest.raises(RefusedInput, match=rf"{name}: no (zip|tar) archive that can be read in place"):
         found(settings)
