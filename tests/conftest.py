@@ -200,6 +200,8 @@ def ray_local(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> 
         "LLAVA_CACHE": str(tmp_path_factory.mktemp("cache")),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AUTH_MODE": "disabled",
+        # As on the command's own local cluster.
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
     before = {name: os.environ.get(name) for name in settings}

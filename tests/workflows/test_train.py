@@ -16,8 +16,12 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from components.contract import open_artifact
 from components.registry import Registry
 from components.tiny_world import scenes
+from llava.errors import RefusedInput
 from tests.support.command import LLAVA, environment
 from tests.support.whole_run import SHARED, Run, llava, trained
+from workflows import config as configs
+from workflows import train
+from workflows.ask import answer
 from workflows.show import show
 
 ALONE = [part for stage in ("pretrain", "finetune", "evaluate") for part in ("--set", f"{stage}.workers=1")]
@@ -123,28 +127,28 @@ def packed_logits(module: Any, ids: list[int], image_id: int, image: Image.Image
 
 def test_ask_gives_the_champions_answer(first: tuple[Path, Run], tmp_path: Path) -> None:
     folder, run = first
-    scene = next(scenes(1, 1, "heldout"))
+    scene, question = next(scenes(1, 1, "heldout")), "How many objects are there?"
     (tmp_path / "scene.png").write_bytes(scene.png)
-    answers = []
-    for model in (run.summary["artifacts"]["finetune"], "models:/llava-tiny@champion"):
-        done = subprocess.run(
-            [*LLAVA, "ask", "--model", model, "--image", str(tmp_path / "scene.png"), "How many objects are there?"],
-            cwd=folder, env=environment(), capture_output=True, text=True, timeout=100, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        answers.append(done.stdout)
-    assert answers[0] == answers[1]
-    assert answers[0].strip()
+    done = subprocess.run(
+        [*LLAVA, "ask", "--model", "models:/llava-tiny@champion", "--image", str(tmp_path / "scene.png"), question],
+        cwd=folder, env=environment(), capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    trained = run.summary["artifacts"]["finetune"]
+    assert done.stdout.strip() == answer(question, trained, tmp_path / "scene.png", "runs", 128, "cpu") != ""
 
 
-def test_questions_about_one_picture_are_refused_before_training(first: tuple[Path, Run]) -> None:
-    folder, run = first
-    refused = llava("train", "tiny", *SHARED, "--set", "instruct.heldout_questions=1", cwd=folder)
-    assert (refused.status, refused.summary) == (2, {})
-    assert "its 1 held-out questions show one picture" in refused.err
-    trained = [path.parent for path in folder.glob("runs/finetune/*/manifest.json")]
-    assert [path.name for path in trained] == [Path(run.summary["artifacts"]["finetune"]).name]
-    assert "pretrain:" not in refused.err
+def test_questions_about_one_picture_are_refused_before_training(
+    first: tuple[Path, Run], tmp_path: Path, ray_local: str
+) -> None:
+    folder, _ = first
+    shutil.copytree(folder / "runs", tmp_path / "runs")
+    before = sorted(tmp_path.glob("runs/*/*/manifest.json"))
+    config = configs.load("tiny", [*SHARED[1::2], "instruct.heldout_questions=1"])
+    with pytest.raises(RefusedInput, match="its 1 held-out questions show one picture"):
+        train.run(config, train.open_workspace(config.name, str(tmp_path / "runs")))
+    made = set(tmp_path.glob("runs/*/*/manifest.json")) - set(before)
+    assert [path.parts[-3] for path in made] == ["instruct"]
 
 
 @pytest.mark.drill

@@ -1,8 +1,5 @@
 """`auto`: what is chosen by the arithmetic, and the arithmetic's static parts against real ZeRO groups."""
 
-import multiprocessing
-import os
-import socket
 from typing import Any
 
 import pytest
@@ -15,6 +12,7 @@ from llava.data.plan import Coverage
 from llava.errors import RefusedInput
 from llava.estimate import Corpus, Setup, gpu, memory
 from llava.sizes import CLIP_L14_336, VICUNA_7B, Sizes, Work, llava_sizes
+from tests.support.process_group import run_group
 
 SEVEN = Sizes(CLIP_L14_336, VICUNA_7B)
 DATA = Coverage(samples=1000, tokens=1000 * 926, supervised=180_000)
@@ -110,10 +108,8 @@ def parts(stage: int, held: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]
     return [held.grad_partitions_flat_buffer], held.fp32_partitioned_groups_flat
 
 
-def zero_group(rank: int, port: int, out: Any) -> None:
-    """Two ranks of each ZeRO stage in bf16, one update; rank 0 sends the bytes that DeepSpeed holds."""
-    from torch import distributed
-
+def zero_groups() -> dict[int, tuple[Sizes, dict[str, int]]]:
+    """A rank of two, for each ZeRO stage in bf16, after one update: sizes of the model, bytes that DeepSpeed holds."""
     from components.training.deepspeed_config import deepspeed_config
     from components.training.deepspeed_engine import DeepSpeedEngine, prepare_environment
     from llava import model as models
@@ -122,12 +118,8 @@ def zero_group(rank: int, port: int, out: Any) -> None:
     from tests.llava.test_model import made
     from tests.llava.test_sizes import packed
 
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    torch.set_num_threads(1)
     prepare_environment("cpu")
-    distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    found = {}
     wide = {"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4}
     for stage in STAGES:
         model, processor = made(more_language=wide)
@@ -146,24 +138,12 @@ def zero_group(rank: int, port: int, out: Any) -> None:
         sent["optimizer"] = sum(each.nbytes for each in [*master, *moments] if each.numel() > 1)
         weights = [getattr(each, "ds_tensor", each) for each in model.parameters()]
         sent["weights"] = sum(each.nbytes for each in weights)
-        if rank == 0:
-            out.put((stage, sizes, sent))
-    distributed.destroy_process_group()
+        found[stage] = (sizes, sent)
+    return found
 
 
 def test_static_parts_are_what_zero_groups_hold() -> None:
-    context = multiprocessing.get_context("spawn")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    out = context.Queue()
-    processes = [context.Process(target=zero_group, args=(rank, port, out)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    held = {stage: (sizes, sent) for stage, sizes, sent in (out.get(timeout=400) for _ in STAGES)}
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0, 0]
+    held, _ = run_group(zero_groups, 2)
     for stage, (sizes, sent) in held.items():
         expected = memory(sizes, Setup("full", 2, zero_stage=stage), Work(40, 1600, 2, 1))
         # Parts are padded to whole numbers of elements per rank.

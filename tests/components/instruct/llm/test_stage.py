@@ -22,11 +22,16 @@ from components.contract import Artifact, Settings
 from components.finetune import Finetune, FinetuneSettings
 from components.instruct import Instruct, InstructSettings
 from components.shard import Shard, ShardSettings
+from components.training.data import source_of
+from llava.conversation import Encoder
+from llava.data.plan import scan
 from llava.data.schema import DATASET_SCHEMA, SPLITS
 from llava.errors import BudgetReached, LlavaError, RefusedInput
+from llava.model import image_tokens, load_config, load_processor
 from tests.components.instruct.conftest import llm
 from tests.components.training.test_stage import GivenModel
 from tests.support.teacher_server import KEY, Manners, TeacherServer, teacher_server
+from tests.support.tiny_llava import tiny_llava
 
 
 @pytest.fixture(scope="module")
@@ -243,27 +248,46 @@ def test_an_endpoint_that_cannot_be_used_is_told_before_the_cluster_is_joined(
         run_component(Instruct(), llm(teacher, key_file), {"dataset": photos}, workspace)
 
 
-@pytest.mark.parametrize("teacher_of", [pytest.param("rules", marks=pytest.mark.drill), "llm"])
-def test_finetune_takes_the_dataset_of_either_teacher(
-    run_in: Any, told: Told, photos: Artifact, teacher_of: str
+@pytest.fixture(scope="module")
+def datasets(told: Told, run_at: Any, photos: Artifact) -> dict[str, Artifact]:
+    """What each of the two teachers made of the same photos."""
+    root = Path(told.artifact.uri).parents[1]
+    rules = run_at(root, Instruct(), InstructSettings(max_bad=0.2), {"dataset": photos}).artifact
+    return {"rules": rules, "llm": told.artifact}
+
+
+SHORT = FinetuneSettings(
+    template="chatml", precision="fp32", global_batch=8, epochs=0.1, workers=1, zero_stage=0, max_length=4096
+)
+
+
+@pytest.mark.parametrize("teacher_of", ["rules", "llm"])
+def test_finetune_reads_and_measures_the_dataset_of_either_teacher(
+    datasets: dict[str, Artifact], teacher_of: str, tmp_path: Path
 ) -> None:
-    rules = run_in(Instruct(), InstructSettings(max_bad=0.2), {"dataset": photos}).artifact
-    dataset = told.artifact if teacher_of == "llm" else rules
-    files = [file for each in (told.artifact, rules) for file in each.local().glob("*/*.parquet")]
-    first, *others = (pq.read_schema(file) for file in files if file.parent.name in SPLITS)
+    first, *others = (
+        pq.read_schema(file)
+        for each in datasets.values()
+        for file in each.local().glob("*/*.parquet")
+        if file.parent.name in SPLITS
+    )
     assert all(first.equals(other, check_metadata=True) for other in others)
     assert first.names == DATASET_SCHEMA.names
-    settings = FinetuneSettings(
-        template="chatml",
-        precision="fp32",
-        global_batch=8,
-        epochs=0.1,
-        workers=1,
-        zero_stage=0,
-        max_length=4096,
-    )
+    dataset, model = datasets[teacher_of], tiny_llava(tmp_path / "model")
+    encoder = Encoder(load_processor(model).tokenizer, "chatml", image_tokens(load_config(model)), 4096)
+    index, coverage = scan(source_of(dataset).open("conversations"), "conversations", encoder)
+    assert len(index) == coverage.samples == len(rows_of(dataset)) > 50
+    assert coverage.supervised > 3 * coverage.samples
+    assert (coverage.truncated, coverage.lost) == (0, 0)
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("teacher_of", ["rules", "llm"])
+def test_finetune_learns_from_the_dataset_of_either_teacher(
+    run_in: Any, datasets: dict[str, Artifact], teacher_of: str
+) -> None:
     model = run_in(GivenModel(), Settings()).artifact
-    trained = run_in(Finetune(), settings, {"model": model, "dataset": dataset}).artifact
+    trained = run_in(Finetune(), SHORT, {"model": model, "dataset": datasets[teacher_of]}).artifact
     losses = [
         json.loads(line)["train/loss"] for line in trained.folder.read("history.jsonl").decode().splitlines()
     ]
