@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Mapping
 from email.utils import parsedate_to_datetime
+from importlib.util import find_spec
 from typing import Any, Self, TypeGuard
 
 from components.contract import without_secret
@@ -50,6 +51,12 @@ class _Refused(Exception):
     """A body that is not read to its end; the text says why."""
 
 
+def require_openai(named: str = "a judge") -> None:
+    """RefusedInput where the OpenAI client is not installed; `named`: what needs it."""
+    if find_spec("openai") is None:
+        raise RefusedInput(f"{named}: asking a model needs the OpenAI client: pip install openai")
+
+
 class Chat:
     """One client of one process; use it as `async with`, within one event loop.
 
@@ -57,12 +64,9 @@ class Chat:
     """
 
     def __init__(self, base_url: str | None, key: str, seconds: float, named: str) -> None:
-        try:
-            from openai import AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
-        except ModuleNotFoundError:
-            raise RefusedInput(
-                f"{named}: asking a model needs the OpenAI client: pip install openai"
-            ) from None
+        require_openai(named)
+        from openai import AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
+
         # The client logs addresses at INFO, which Ray would carry to the user a thousand times.
         for name in ("httpx", "httpx2", "openai"):
             logging.getLogger(name).setLevel(logging.WARNING)

@@ -15,9 +15,7 @@ from components.training.stage import TrainingStage
 class FinetuneSettings(TrainSettings):
     """Stage 2."""
 
-    template: str = Field(
-        "v1", description="How turns are written; one of the table in llava/conversation.py"
-    )
+    template: str = Field("v1", description="How turns are written; one of the table in llava/templates.py")
     global_batch: int = Field(128, gt=0, description="Samples per update, over all workers")
     learning_rate: float = Field(2e-5, gt=0, description="Peak rate, after the warm-up")
     from_: str | None = run_field(

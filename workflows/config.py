@@ -133,8 +133,13 @@ def _validated(tree: dict[str, Any]) -> WorkflowConfig:
     try:
         return config_model().model_validate(tree)
     except pydantic.ValidationError as error:
+        told: dict[str, list[str]] = {}
+        for mistake in error.errors(include_url=False):
+            key, says = _told(mistake)
+            told.setdefault(key, []).append(says)
+        # What may be one of two kinds and is neither is one mistake.
         raise RefusedInput(
-            together([_told(mistake) for mistake in error.errors(include_url=False)])
+            together([f"{key}: {', or '.join(dict.fromkeys(says))}" for key, says in told.items()])
         ) from None
 
 
@@ -152,14 +157,14 @@ def _tree(preset: str, overrides: Sequence[str]) -> dict[str, Any]:
     return tree
 
 
-def _refuse_secrets(node: Any, file: str, *keys: str) -> None:
+def _refuse_secrets(node: Any, file: str, *keys: str | int) -> None:
     """Raise RefusedInput for a text anywhere in a file's tree that carries a secret, or a key that names one."""
     if isinstance(node, dict | list):
         for key, value in node.items() if isinstance(node, dict) else enumerate(node):
-            _refuse_secrets(value, file, *keys, str(key))
+            _refuse_secrets(value, file, *keys, key if isinstance(key, int) else str(key))
         return
-    where = f"{file}: {'.'.join(keys)}"
-    if node is not None and _SECRET.search(keys[-1]):
+    where = f"{file}: {_key(keys)}"
+    if node is not None and _SECRET.search(str(keys[-1])):
         raise RefusedInput(f"{where}: secrets are read from the environment or mounted files only")
     if isinstance(node, str):
         refuse_secrets(node, where)
@@ -218,20 +223,29 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     node[parts[-1]] = value
 
 
-def _told(mistake: Any) -> str:
-    """A mistake in one line, with the nearest known key where one is unknown."""
-    where = [str(part) for part in mistake["loc"]]
-    key = ".".join(where) or "the config"
+_KINDS = re.compile(r"(str|int|float|bool|none)|(list|tuple|dict|literal)\[.*\]|function-.*|[A-Z]\w*Settings")
+"""How a place in the config is continued by the kind that a value was tried as, where several are allowed."""
+
+
+def _key(parts: Sequence[str | int]) -> str:
+    """A place in the config as the components name it, such as `evaluate.benchmarks[0].labels`."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).removeprefix(".")
+
+
+def _told(mistake: Any) -> tuple[str, str]:
+    """A mistake by its key, with the nearest known one where it is unknown."""
+    parts = list(mistake["loc"])
+    if any(isinstance(part, str) and _KINDS.fullmatch(part) for part in parts):
+        parts = parts[: next(at for at, part in enumerate(parts) if _KINDS.fullmatch(str(part)))]
+    key, where = _key(parts) or "the config", [str(part) for part in parts]
     if mistake["type"] == "extra_forbidden":
         known = _known(where[:-1])
         near = difflib.get_close_matches(where[-1], known, 1)
-        return f"{key}: unknown key; " + (
-            f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-        )
+        return key, "unknown key; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}")
     if mistake["type"] == "missing":
-        return f"{key}: missing"
+        return key, "missing"
     message = mistake["msg"].removeprefix("Value error, ")
-    return f"{key}: {message}, got {_shortened(mistake['input'])}" if len(where) > 1 else f"{key}: {message}"
+    return key, f"{message}, got {_shortened(mistake['input'])}" if len(where) > 1 else message
 
 
 def _shortened(value: Any) -> str:

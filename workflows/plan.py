@@ -8,6 +8,7 @@ from typing import Any
 
 from components.contract import Artifact, Component, Settings, Workspace, refusals, run_component
 from components.contract.runner import Outcome
+from components.evaluate.settings import exams_asked
 from components.register import champion_model
 from llava.errors import RefusedInput
 from workflows.config import WorkflowConfig, together
@@ -30,6 +31,10 @@ class Step:
         """What would be refused, before anything runs."""
         return self.component.preflight(self.settings, workspace)
 
+    def disagreements(self, steps: Mapping[str, Step]) -> list[str]:
+        """What does not go together with the settings of the other steps, one line each."""
+        return []
+
     def artifacts(self, steps: Mapping[str, Step], made: Mapping[str, Artifact], workspace: Workspace) -> Any:
         """The inputs, out of what the plan's steps have made so far."""
         return {name: made[one] if isinstance(one, str) else one for name, one in self.inputs.items()}
@@ -39,14 +44,25 @@ class Step:
         return run_component(self.component, self.settings, inputs, workspace)
 
 
+@dataclass(frozen=True)
 class StartFrom(Step):
     """A model that is there already, such as `finetune.from` names, in the place of those that the stages make."""
 
-    def preflight(self, workspace: Workspace) -> list[str]:
-        """A model that cannot be found."""
-        from components.backbones.given import find
+    taker: str = ""
+    """The stage that starts from it."""
 
-        return refusals(lambda: find(self.settings.uri, workspace))
+    def preflight(self, workspace: Workspace) -> list[str]:
+        """A model that cannot be found, or a folder whose template nobody tells."""
+        from components.backbones.given import NoTemplate, find, require_template
+
+        def look() -> None:
+            found = find(self.settings.uri, workspace)
+            try:
+                require_template(found, self.settings.template)
+            except NoTemplate as error:
+                raise RefusedInput(f"{error}, or name it: {self.taker}.template") from None
+
+        return refusals(look)
 
     def run(self, inputs: dict[str, Artifact], workspace: Workspace) -> Outcome:
         """The artifact that it is, or the folder mirrored into the root."""
@@ -57,6 +73,17 @@ class StartFrom(Step):
 
 class RegisterStep(Step):
     """Registration, for which the champion sits the same exam as the model."""
+
+    def disagreements(self, steps: Mapping[str, Step]) -> list[str]:
+        """Deciding scores and floors of a benchmark that nobody asks."""
+        exam = self.inputs["evaluation"]
+        asked = exams_asked(steps[exam].settings) if isinstance(exam, str) else []
+        return [
+            f"{self.name}.{key} names {score!r}, and {exam} asks {', '.join(asked)}: add it to {exam}.benchmarks"
+            for key in ("benchmarks", "floors")
+            for score in getattr(self.settings, key)
+            if asked and score.partition("/")[0] not in asked
+        ]
 
     def artifacts(self, steps: Mapping[str, Step], made: Mapping[str, Artifact], workspace: Workspace) -> Any:
         """The champion's evaluation beside the plan's own inputs, where there is a champion."""
@@ -91,7 +118,10 @@ def make_plan(
 
 def preflight(steps: Sequence[Step], workspace: Workspace) -> None:
     """Raise RefusedInput with everything that the steps would refuse; nothing is made by then."""
-    found = [mistake for step in steps for mistake in step.preflight(workspace)]
+    by_name = {step.name: step for step in steps}
+    found = [
+        mistake for step in steps for mistake in (*step.disagreements(by_name), *step.preflight(workspace))
+    ]
     if found:
         raise RefusedInput(together(list(dict.fromkeys(found))))
 
@@ -108,7 +138,7 @@ def _all_steps(config: WorkflowConfig, start: Mapping[str, Artifact]) -> dict[st
             name: givers[kind] for name, kind in stage.component.takes.items()
         }
         if (begun := getattr(settings, "from_", None)) is not None:
-            inputs[MODEL] = (given := _given(begun, settings)).name
+            inputs[MODEL] = (given := _given(begun, stage.name, settings)).name
             steps[given.name] = given
         if stage.name in start:
             inputs[MODEL] = start[stage.name]
@@ -122,12 +152,12 @@ def _is_on(settings: Settings | None) -> bool:
     return settings is not None and getattr(settings, "enabled", True)
 
 
-def _given(uri: str, settings: Settings) -> Step:
+def _given(uri: str, taker: str, settings: Settings) -> Step:
     from components.backbones.given import Given, GivenSettings
 
     # A folder that does not say what it was trained with is told by a template that somebody wrote down.
     template = getattr(settings, "template") if "template" in settings.model_fields_set else None  # noqa: B009
-    return StartFrom("backbones", Given(), GivenSettings(uri=uri, template=template))
+    return StartFrom("backbones", Given(), GivenSettings(uri=uri, template=template), taker=taker)
 
 
 def _needed(steps: Mapping[str, Step], goal: str) -> set[str]:

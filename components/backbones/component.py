@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from components.backbones.shipped import GATED, LANGUAGE, RECORD, TOWERS, VISION
 from components.backbones.sources import WeightsSource, load_language, load_vision
-from components.contract import Component, Job, Settings
+from components.contract import Component, Job, Settings, Workspace, refusals
 from llava import sizes
 from llava.choices import Fit
 from llava.errors import RefusedInput
@@ -117,6 +117,12 @@ class Backbones(Component):
             if path.is_file():
                 digest.update(path.relative_to(TOWERS).as_posix().encode() + b"\0" + path.read_bytes())
         return {"towers": digest.hexdigest()}
+
+    def preflight(self, settings: BackbonesSettings, workspace: Workspace) -> list[str]:
+        """Each part that is not where the settings say."""
+        if settings.kind != "hub":
+            return super().preflight(settings, workspace)
+        return refusals(*(source.digest for source in settings.sources))
 
     def run(self, job: Job[BackbonesSettings]) -> None:
         settings: BackbonesSettings = job.settings

@@ -34,6 +34,10 @@ from llava.pretrained import reading
 _TAKEN = (".json", ".jinja", ".model", ".safetensors", ".txt")
 
 
+class NoTemplate(RefusedInput):
+    """A folder does not say which template it was trained with, and nobody else does."""
+
+
 class GivenSettings(Settings):
     """Which folder, and what its own files do not say."""
 
@@ -68,15 +72,21 @@ class Given(Component):
         for name in names:
             store.download(name, folder / name)
         if not (folder / models.ABOUT).is_file():
-            if settings.template is None:
-                raise RefusedInput(
-                    f"{settings.uri} has no {models.ABOUT}: name the template it was trained with: finetune.template"
-                )
-            models.write_about(folder, settings.template)
+            models.write_about(folder, require_template(settings.uri, settings.template))
         _check(folder, settings.uri)
         for path in sorted(folder.iterdir()):
             job.folder.upload(path, f"{MODEL}/{path.name}")
         job.say(f"{settings.uri}, template {models.template_of(folder)}")
+
+
+def require_template(found: Artifact | str, template: str | None) -> str:
+    """`template`; NoTemplate where it is None and the folder does not tell. An artifact always does."""
+    if template is None and isinstance(found, str) and open_store(found).stat(models.ABOUT) is None:
+        raise NoTemplate(
+            f"{found} has no {models.ABOUT}, which says the template that it was trained with: write one there, such "
+            'as {"template": "v1"}'
+        )
+    return template or ""
 
 
 def find(uri: str, workspace: Workspace) -> Artifact | str:

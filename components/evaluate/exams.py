@@ -12,12 +12,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from components.contract import Store, fingerprint, links_of, open_store, read_artifact, recipe, sha256_of
+from components.chat import require_openai
+from components.contract import (
+    Store,
+    fingerprint,
+    links_of,
+    open_store,
+    read_artifact,
+    recipe,
+    refusals,
+    sha256_of,
+)
 from components.evaluate.answering import BLANK, RIGHT
 from components.evaluate.settings import ExamSettings
 from components.scoring.base import Files, Record, Scored, Unit, read_text
 from components.scoring.benchmarks import Benchmark, find
 from components.scoring.benchmarks.reading import READ_IN_PLACE, Item, Paper, copy, dataset
+from components.scoring.judge import read_key
 from components.scoring.pictures import Picture
 from llava.errors import RefusedInput
 
@@ -65,8 +76,8 @@ def external(settings: ExamSettings, called: Called) -> dict[str, str]:
 
 
 def preflight(settings: ExamSettings, called: Called) -> list[str]:
-    """Everything that is wrong with the exam's files: what is missing, and what does not fit together."""
-    missing = []
+    """What is wrong with the exam's files: what is missing, what does not fit together; and a judge without a key."""
+    missing = [] if settings.judge is None else refusals(read_key, require_openai)
     for what, path in settings.paths.items():
         try:
             external(settings.model_copy(update=_only(what, path)), called)

@@ -14,6 +14,16 @@ from components.scoring.judge import JudgeSettings
 HELD_OUT_EXAM = "vqa"
 """What the held-out questions are called in scores; they are judged as the benchmark of that name is."""
 
+_OF_A_JUDGE = ("reference", "context", "judge", "judge_runs", "judge_swap", "max_failed")
+_OF_EVERY = (
+    "benchmark",
+    "name",
+    "images",
+    "follow_links",
+    "instruction",
+    "max_new_tokens",
+    "blank_images",
+)
 _PATHS = ("data", "questions", "labels", "splits", "images", "reference", "context")
 
 
@@ -89,6 +99,10 @@ class ExamSettings(Settings):
         by_split = {"": labels} if isinstance(labels, str) else labels
         return named | {f"labels {split}".strip(): path for split, path in by_split.items()}
 
+    def _changed(self) -> list[str]:
+        fields = type(self).model_fields
+        return [key for key in fields if getattr(self, key) != fields[key].default]
+
     @field_validator("benchmark")
     @classmethod
     def _known(cls, name: str) -> str:
@@ -101,20 +115,28 @@ class ExamSettings(Settings):
         named = self.benchmark if self.title == self.benchmark else f"{self.title} ({self.benchmark})"
         benchmark = find(self.benchmark)
         ways = benchmark.needs
-        if not any(all(getattr(self, key) is not None for key in way) for way in ways):
+        files = {key for way in ways for key in way}
+        given = {key for key in files if getattr(self, key) is not None}
+        if not any(given == set(way) for way in ways):
             wanted = ", or ".join(" and ".join(way) for way in ways)
             raise ValueError(f"{named}: give {wanted}")
+        read = {*files, *_OF_EVERY, *benchmark.options, *(_OF_A_JUDGE if benchmark.judge else ())}
+        if unread := [key for key in self._changed() if key not in read]:
+            raise ValueError(f"{named}: it takes no {', '.join(unread)}")
         if benchmark.by_split and not isinstance(self.labels, dict):
             raise ValueError(f"{named}: give labels by split, such as {{random: FILE, popular: FILE}}")
         if not benchmark.by_split and isinstance(self.labels, dict):
             raise ValueError(f"{named}: labels is one file")
-        if self.judge is not None and benchmark.judge is None:
-            raise ValueError(f"{named}: it is not judged by a model; leave judge out")
         if self.judge is not None and (self.reference is None or self.context is None):
             raise ValueError(f"{named}: a judge needs reference and context")
         for path in self.paths.values():
             refuse_secrets(path, f"a path of {named}")
         return self
+
+
+def exams_asked(settings: EvaluateSettings) -> list[str]:
+    """The names of the exams, as scores and the settings of `register` call them."""
+    return [HELD_OUT_EXAM, *(exam.title for exam in settings.benchmarks)]
 
 
 class EvaluateSettings(Settings):
@@ -138,7 +160,7 @@ class EvaluateSettings(Settings):
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
-        names = [HELD_OUT_EXAM, *(exam.title for exam in self.benchmarks)]
+        names = exams_asked(self)
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(

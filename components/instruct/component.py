@@ -34,7 +34,7 @@ class Instruct(Component):
     """Takes `dataset` (of `shard`) and makes a dataset of conversations with the same split."""
 
     name: ClassVar[str] = "instruct"
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     Settings: ClassVar[type[InstructSettings]] = InstructSettings
     takes = MappingProxyType({DATASET: "dataset"})
     gives = ("conversations",)

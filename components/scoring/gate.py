@@ -9,14 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from components.contract import Settings
 from components.scoring.base import Scored
 from components.scoring.bootstrap import DRAWS
 from components.scoring.paired import Comparison, OtherQuestions, compare
 from llava.errors import RefusedInput
+
+_Scores = TypeVar("_Scores", tuple[str, ...], dict[str, float])
 
 
 class GateSettings(Settings):
@@ -35,6 +38,14 @@ class GateSettings(Settings):
         default_factory=dict, description="Scores that the new model must reach, whatever it gains elsewhere"
     )
     draws: int = Field(DRAWS, ge=100, description="Resamples of the questions")
+
+    @field_validator("benchmarks", "floors")
+    @classmethod
+    def _named_whole(cls, scores: _Scores) -> _Scores:
+        for name in scores:
+            if not all(name.partition("/")):
+                raise ValueError(f"{name!r} is no score: write BENCHMARK/SCORE, such as pope/mean_f1")
+        return scores
 
 
 @dataclass(frozen=True)

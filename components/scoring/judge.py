@@ -183,15 +183,21 @@ class _Work:
             await asyncio.to_thread(self.keep)
 
 
+def read_key() -> str:
+    """The judge's key from the environment; RefusedInput where there is none."""
+    key = os.environ.get(KEY, "").strip()
+    if not key or not key.isascii():
+        raise RefusedInput(
+            f"a live judge needs a key: set {KEY} (any ASCII text, where the endpoint asks for none)"
+        )
+    return key
+
+
 class _Judge:
     """The judge's endpoint; use it as `async with`."""
 
     def __init__(self, settings: JudgeSettings) -> None:
-        key = os.environ.get(KEY, "").strip()
-        if not key or not key.isascii():
-            raise RefusedInput(
-                f"a live judge needs a key: set {KEY} (any ASCII text, where the endpoint asks for none)"
-            )
+        key = read_key()
         self._settings = settings
         self._address = settings.url or "$OPENAI_BASE_URL"  # which may hold a password
         self._chat = Chat(settings.url, key, settings.seconds, f"the judge's URL {self._address}")

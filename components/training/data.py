@@ -95,6 +95,11 @@ def check_extra(stage: str, extra: Sequence[Extra], view: str) -> None:
 def check(stage: str, settings: Any, dataset: Artifact, view: str) -> None:
     """Refuse, before workers start, what `check_extra` refuses and a held-out split that is missing."""
     check_extra(stage, settings.extra, view)
+    check_heldout(stage, settings, dataset)
+
+
+def check_heldout(stage: str, settings: Any, dataset: Artifact) -> None:
+    """Refuse a held-out loss where no samples are held out."""
     if settings.eval_every and not source_of(dataset, "heldout").keys:
         raise RefusedInput(
             f"{stage}.eval_every={settings.eval_every}: dataset {dataset.uri} has no held-out samples; set it to 0"

