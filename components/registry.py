@@ -13,9 +13,9 @@ from uuid import uuid4
 
 from components.contract import MANIFEST, Artifact, TrackingError, artifact_with, open_store, read_artifact
 from components.contract.database import checked, database_path, database_uri
-from components.contract.mlflow_client import client, made_once
+from components.contract.mlflow_client import client, errors, made_once
 from components.contract.tracking import Tracking
-from llava.errors import LlavaError, RefusedInput
+from llava.errors import RefusedInput
 
 MODEL = "model"
 """The subfolder of an artifact that is the stock LLaVA folder."""
@@ -215,14 +215,11 @@ class Registry:
     def _errors(self, missing: tuple[str, ...] = ()) -> Iterator[None]:
         """MLflow's errors in one line that names the store; those in `missing` are passed over."""
         try:
-            yield
-        except LlavaError:
-            raise
-        except Exception as error:
-            if getattr(error, "error_code", None) in missing:
-                return
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-            raise TrackingError(f"MLflow at {self.uri}: {reason}") from error
+            with errors(self.uri):
+                yield
+        except TrackingError as error:
+            if getattr(error.__cause__, "error_code", None) not in missing:
+                raise
 
 
 def _version(found: Any) -> Version:

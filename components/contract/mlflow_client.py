@@ -17,6 +17,7 @@ from typing import Any
 from components.contract import outages
 from components.contract.database import database_path
 from components.contract.outages import Errors, Service
+from components.contract.printable import one_line
 from components.contract.store.s3_errors import outage as s3_outage
 from llava.errors import LlavaError
 
@@ -117,10 +118,6 @@ def errors(uri: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise TrackingError(f"MLflow at {uri}: {one_line(error)}") from error
-
-
-def one_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:300] or type(error).__name__
 
 
 def _service(uri: str) -> Service:

@@ -16,6 +16,11 @@ def printable(text: str) -> str:
     return _IN_TEXT.sub(_escape, text)
 
 
+def one_line(error: BaseException, longest: int = 300) -> str:
+    """The first line of an error's text, cut; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [""])[0][:longest] or type(error).__name__
+
+
 def has_controls(text: str) -> bool:
     """Whether `text` holds such a character, a line end or a tab."""
     return _IN_LINES.search(text) is not None

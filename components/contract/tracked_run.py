@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from components.contract.console import say
-from components.contract.mlflow_client import client, errors, impatient_client, one_line
+from components.contract.mlflow_client import client, errors, impatient_client
+from components.contract.printable import one_line
 from components.contract.secrets import redacted
 
 METRICS_AT_ONCE = 1000  # MLflow's limits for one log_batch

@@ -6,8 +6,7 @@ from typing import NamedTuple
 
 from components.contract.manifest import Artifact, parquet_in, read_artifact
 from components.contract.printable import printable
-from components.contract.store import Folder, Refusal, open_store
-from components.contract.store.data import open_data_store
+from components.contract.store import Folder, Refusal, open_data_store, open_store
 
 TRAIN = "train"
 

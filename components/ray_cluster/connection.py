@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from components.contract.manifest import MANIFEST
+from components.contract.printable import one_line
 from components.contract.provenance import installed_root, source_digest, source_root
 from components.contract.workspace import Workspace
 from components.ray_cluster import starting
@@ -233,6 +234,4 @@ def failures_told(died: str) -> Iterator[None]:
             raise error.cause from None
         raise
     except RayActorError as error:
-        raise LlavaError(
-            f"{died} ({str(error).splitlines()[0]}); what was done is kept: run again"
-        ) from error
+        raise LlavaError(f"{died} ({one_line(error)}); what was done is kept: run again") from error

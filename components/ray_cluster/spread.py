@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from components.contract.component import Job
 from components.contract.pace import SAY_EVERY_SECONDS, Due, duration
+from components.contract.printable import one_line
 from llava.errors import LlavaError, RefusedInput
 
 RETRIES = 3
@@ -112,5 +113,4 @@ def result_of(reference: Any, doing: str) -> Any:
         text = str(cause) if isinstance(cause, LlavaError) else f"{type(cause).__name__}: {cause}"
         raise LlavaError(f"{doing}: {text}") from error
     except ray.exceptions.RayError as error:
-        line = str(error).strip().splitlines()[0]
-        raise LlavaError(f"{doing}: its worker died {RETRIES + 1} times: {line}") from error
+        raise LlavaError(f"{doing}: its worker died {RETRIES + 1} times: {one_line(error)}") from error

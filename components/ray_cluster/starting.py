@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from components.contract.printable import one_line
 from llava.errors import LlavaError, RefusedInput, Terminated
 
 START_SECONDS = 180.0
@@ -37,7 +38,7 @@ def in_time(start: Callable[[], object], seconds: float, failed: str) -> None:
         # SystemExit: Ray leaves so where it lacks a token.
         except (Exception, SystemExit) as error:
             late = isinstance(error, TimeoutError) and not str(error)
-            reason = f"no answer in {seconds:.0f} s" if late else _first_line(error)
+            reason = f"no answer in {seconds:.0f} s" if late else one_line(error)
             raise LlavaError(f"{failed} ({reason}); Ray's own words are in {log.keep()}") from error
     _take_signals_back()
 
@@ -71,10 +72,6 @@ def _in_thread(start: Callable[[], object]) -> Future[None]:
     _unfinished.add(thread)
     thread.start()
     return done
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def unfinished() -> bool:

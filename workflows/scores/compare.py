@@ -10,8 +10,7 @@ from typing import Any
 from PIL import Image
 
 from components.contract import say, tell
-from components.contract.store import Store
-from components.contract.store.data import open_data_store
+from components.contract.store import Store, open_data_store
 from components.pages.markdown import Markup, escape, table
 from components.scoring.benchmarks import Files, Scored, Unit, find
 from components.scoring.gate import GateSettings, Verdict, decide

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from components.contract.secrets import refuse_secrets
 from components.contract.store.base import Entry, Refusal, Stat, Store, StoreError, check_key
-from components.contract.store.data import DataFolder, links_of, open_data_store
+from components.contract.store.data import DataFolder, links_of
 from components.contract.store.files import Links, RefusedFile
 from components.contract.store.folder import FolderStore
 from components.contract.store.s3 import S3Store
@@ -27,6 +27,18 @@ def open_store(uri: str | Path) -> Store:
     if not text or "://" in text or "\0" in text:
         raise RefusedInput(f"root {text!r}: give a folder's path or s3://bucket/prefix")
     return FolderStore(Path(text))
+
+
+def open_data_store(uri: str | Path, follow_links: bool | None = None) -> Store:
+    """The store of outside data at `uri`, a folder's path or `s3://bucket/prefix`.
+
+    `follow_links`: None: links that stay inside the folder; True: all; False: none, and the folder itself is none.
+    """
+    store = open_store(uri)
+    if store.local_path is None:
+        return store
+    links = links_of(follow_links)
+    return DataFolder(store.local_path, links, top_link=links is not Links.NONE)
 
 
 __all__ = [

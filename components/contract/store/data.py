@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from components.contract.store.base import Entry, Refusal, Stat, Store
+from components.contract.store.base import Entry, Refusal, Stat
 from components.contract.store.files import Found, Links, Tree
 from components.contract.store.folder import FolderStore, version_of
 
@@ -48,20 +48,6 @@ class DataFolder(FolderStore):
 
     def _open(self, key: str) -> int:
         return self.tree.open(key)
-
-
-def open_data_store(uri: str | Path, follow_links: bool | None = None) -> Store:
-    """The store of outside data at `uri`, a folder's path or `s3://bucket/prefix`.
-
-    `follow_links`: None: links that stay inside the folder; True: all; False: none, and the folder itself is none.
-    """
-    from components.contract.store import open_store
-
-    store = open_store(uri)
-    if store.local_path is None:
-        return store
-    links = links_of(follow_links)
-    return DataFolder(store.local_path, links, top_link=links is not Links.NONE)
 
 
 def links_of(follow_links: bool | None) -> Links:
