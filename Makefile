@@ -11,7 +11,7 @@ train: .venv/installed
 	$(BIN)/llava train tiny
 
 test: .venv/installed-test lint
-	$(BIN)/python -m pytest -m "not drill" -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not drill" -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 # The fast lane, for every change: lint, types, import contracts, and the tests that start no service.
 check: .venv/installed-test lint

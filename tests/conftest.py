@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 from urllib.request import urlopen
 from uuid import uuid4
@@ -26,6 +27,7 @@ import psutil
 import pytest
 import ray
 
+from components.ray_cluster.connection import PATIENT
 from tests.support.command import SETTINGS_OF_OTHERS
 from tests.support.repository import REPOSITORY, SHARED
 
@@ -106,8 +108,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.services)
         if any(map(path.is_relative_to, SLOW)):
             item.add_marker(pytest.mark.slow)
+        if item.get_closest_marker("drill"):
+            item.add_marker(pytest.mark.timeout(0))
     places = {root / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object | None) -> None:
+    """How a process of the run ended that did not end by itself: pytest-xdist tells its name alone."""
+    if error is not None:
+        status = node.gateway._io.popen.wait(30)
+        print(f"\n{node.gateway.id} ended with status {status} (below 0: a signal)", flush=True)
 
 
 @pytest.fixture(autouse=True)
@@ -214,6 +226,7 @@ def ray_local(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> 
             logging_level=logging.ERROR,
             log_to_driver=False,
             object_store_memory=200 * 2**20,
+            _system_config=PATIENT,
         )
     finally:
         for name, value in before.items():

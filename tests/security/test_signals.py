@@ -149,6 +149,19 @@ def test_ray_that_does_not_start_in_time_is_one_line() -> None:
         assert running.folders() == []
 
 
+@pytest.mark.drill
+def test_a_raylet_that_does_not_answer_for_a_minute_costs_only_that_minute() -> None:
+    """As on a machine that swaps, or sleeps: Ray by itself takes the node for dead, and ends the command."""
+    with Signalled() as running:
+        running.until("ready")
+        raylet = running.until_there("raylet/raylet")
+        raylet.send_signal(signal.SIGSTOP)
+        time.sleep(75)
+        raylet.send_signal(signal.SIGCONT)
+        time.sleep(15)
+        assert running.process.poll() is None, running.err
+
+
 @pytest.mark.services
 @pytest.mark.parametrize("listens", [False, True])
 def test_a_ray_address_that_nobody_answers_is_one_line(listens: bool) -> None:
@@ -189,6 +202,9 @@ def test_a_start_that_fails_or_hangs_is_one_line(capfd: pytest.CaptureFixture[st
     with pytest.raises(LlavaError, match=r"\(no answer in 0 s\)") as told:
         starting.in_time(lambda: time.sleep(1), 0.1, "Ray does not start")
     Path(str(told.value).rpartition(" ")[2]).unlink()
+    # Another test's command, in this process, would leave at once while a start is under way.
+    while starting.unfinished():
+        time.sleep(0.05)
 
 
 @pytest.fixture
