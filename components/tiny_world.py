@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
+from components.rule_teacher.words import in_words
+
 Box = tuple[float, float, float, float]
 
 SIDE = 64
@@ -127,9 +129,9 @@ def captions(things: Sequence[Thing], rng: random.Random) -> list[str]:
     at = {thing.cell: thing.phrase for thing in things}
     return [
         "; ".join(f"{name}: {at.get(cell, 'empty')}" for cell, name in enumerate(PLACES)),
-        _listed([f"a {t.phrase} at the {PLACES[t.cell]}" for t in things]),
-        f"the picture shows {_listed([f'a {t.phrase} in the {PLACES[t.cell]} corner' for t in mixed])}",
-        f"{_NUMBERS[len(things)]} object{'s' * (len(things) > 1)}: {_listed([f'a {t.phrase}' for t in mixed])}",
+        in_words([f"a {t.phrase} at the {PLACES[t.cell]}" for t in things]),
+        f"the picture shows {in_words([f'a {t.phrase} in the {PLACES[t.cell]} corner' for t in mixed])}",
+        f"{_NUMBERS[len(things)]} object{'s' * (len(things) > 1)}: {in_words([f'a {t.phrase}' for t in mixed])}",
     ]
 
 
@@ -186,7 +188,3 @@ def _background(rng: random.Random) -> tuple[int, int, int]:
 
 def _near(channel: int, rng: random.Random) -> int:
     return min(255, max(0, channel + rng.randint(-_COLOUR_SHIFT, _COLOUR_SHIFT)))
-
-
-def _listed(parts: Sequence[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

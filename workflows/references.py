@@ -11,6 +11,7 @@ import pydantic
 from pydantic import Field
 
 from components.contract import RUN, Artifact, Folder, Line, Store
+from components.register import Register
 from components.registry import EVALUATION_DIGEST, MODEL_DIGEST, Registry, Version
 from llava.data.jsonl import from_json
 from llava.errors import RefusedInput
@@ -66,7 +67,7 @@ def _registrations(
     by_name = {(one.name, one.version): one for one in known}
     standing, missing = [], []
     for artifact in artifacts.values():
-        if artifact.manifest.component != "register":
+        if artifact.manifest.component != Register.name:
             continue
         model = _registered(artifact)
         found = by_name.get((model.name, model.version))

@@ -24,6 +24,23 @@ class Due:
         return True
 
 
+class Speed:
+    """How fast work goes since it was begun, and what is left takes at that speed."""
+
+    def __init__(self, done: float = 0) -> None:
+        """`done`: how much was there before, which says nothing about it."""
+        self._before, self._began = done, time.monotonic()
+
+    def per_second(self, done: float) -> float:
+        """Of what was done since, with `done` in all."""
+        return (done - self._before) / max(time.monotonic() - self._began, 1e-9)
+
+    def left(self, done: float, whole: float) -> str | None:
+        """The time for the rest of `whole`, in words; None where nothing was done yet."""
+        speed = self.per_second(done)
+        return duration((whole - done) / speed) if speed > 0 else None
+
+
 def duration(seconds: float) -> str:
     """A time in words: 95 s, 12 min, 3 h 05 min."""
     if seconds < 120:

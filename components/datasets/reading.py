@@ -10,9 +10,17 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from components.contract import Artifact
 from components.contract.store import Folder
 from llava.data.parquet_files import damage_told, open_parquet
 from llava.data.schema import DATASET_SCHEMA, WHEN_LEFT_OUT, Row, check_schema
+from llava.errors import RefusedInput
+
+
+def require_dataset(artifact: Artifact) -> None:
+    """RefusedInput for an artifact without rows to train on."""
+    if not artifact.parquet("train"):
+        raise RefusedInput(f"{artifact.uri}: holds no train/*.parquet, so it is no dataset")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from components.contract.component import Job
-from components.contract.pace import Due, duration
+from components.contract.pace import Due, Speed
 from components.contract.store import Folder, open_store
 from components.datasets.results import Refusals, ShardResult, Span
 from components.datasets.reuse import RECORDS, EarlierShards, write_shards_file
@@ -198,8 +197,7 @@ class _Progress:
         self._all = sum(task.samples for task in tasks)
         self._left = sum(task.samples for task in waiting)
         self._done_shards = self._shards - len(waiting)
-        self._started, self._due = time.monotonic(), Due(at_once=False)
-        self._pace_from = self._left
+        self._speed, self._due = Speed(self._all - self._left), Due(at_once=False)
         found = f", {self._done_shards:,} found finished" if self._done_shards else ""
         job.say(f"{self._all:,} samples in {self._shards:,} shards{found}")
 
@@ -212,7 +210,6 @@ class _Progress:
             return
         done = self._all - self._left
         text = f"{done:,} of {self._all:,} samples, {self._done_shards} of {self._shards} shards"
-        if made := self._pace_from - self._left:
-            pace = made / (time.monotonic() - self._started)
-            text += f", {pace:,.0f} a second, about {duration(self._left / pace)} left"
+        if left := self._speed.left(done, self._all):
+            text += f", {self._speed.per_second(done):,.0f} a second, about {left} left"
         self._job.say(text)

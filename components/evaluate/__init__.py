@@ -51,7 +51,7 @@ class Evaluate(Component):
         model, questions = inputs["model"], inputs["questions"]
         if not any(file.path == "model/config.json" for file in model.manifest.files):
             raise RefusedInput(
-                f"{model.uri}: holds no model/config.json; give a finetune, pretrain or backbones artifact"
+                f"{model.uri}: holds no model/config.json; give the artifact of a stage that makes or trains a model"
             )
         _check_questions(settings, questions)
 

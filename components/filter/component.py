@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from components.contract.component import Component, Job
 from components.contract.manifest import Artifact, FileEntry
 from components.contract.store import Folder
-from components.datasets.reading import count_of, opened, rows_of
+from components.datasets.reading import count_of, opened, require_dataset, rows_of
 from components.datasets.results import Refusals, ShardResult
 from components.datasets.tasks import ShardOutput, ShardTask, run_shards
 from components.filter.choice import Counts, Postings, by_rarity, choose, count, joined, look_up
@@ -46,8 +46,7 @@ class Filter(Component):
         """Refuse an input that is no dataset."""
         if DATASET not in inputs:
             raise RefusedInput(f"filter needs the input {DATASET!r}, an artifact of shard")
-        if not _files(inputs[DATASET], "train"):
-            raise RefusedInput(f"{inputs[DATASET].uri}: holds no train/*.parquet, so it is no dataset")
+        require_dataset(inputs[DATASET])
 
     def external(self, settings: FilterSettings) -> dict[str, str]:
         """The pipeline that finds the phrases, by its version."""

@@ -9,20 +9,17 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from components.contract.digest import sha256_of
 from components.contract.manifest import FileEntry
 from components.contract.store import Folder
+from components.datasets.kept import kept_table
 from components.datasets.reading import rows_of
 from components.filter.settings import FilterSettings
-from llava.data.parquet_files import read_parquet
 from llava.data.samples import caption_samples
 from llava.errors import RefusedInput
 
@@ -48,13 +45,7 @@ class Phrases:
     def table(self, file: FileEntry) -> pa.Table:
         """The phrases of one file, found in the cache or made now."""
         known = {"file": file.sha256, "model": [self.model, self.version], "normalise": self.normalise}
-        key = f"{sha256_of({**known, 'rules': _RULES})[:32]}.parquet"
-        if found := self.cache.fetch(key):
-            return read_parquet(found[0], f"{self.cache.uri}/{key}")
-        made = self._read(file.path)
-        pq.write_table(made, buffer := io.BytesIO(), compression="zstd")
-        self.cache.write(key, buffer.getvalue())
-        return made
+        return kept_table(self.cache, {**known, "rules": _RULES}, lambda: self._read(file.path))
 
     def _read(self, key: str) -> pa.Table:
         ids, captions = [], []

@@ -14,7 +14,7 @@ from components.contract.component import Component, Job, refusals
 from components.contract.manifest import Artifact
 from components.contract.store import Folder
 from components.contract.workspace import Workspace
-from components.datasets.reading import count_of, rows_of
+from components.datasets.reading import count_of, require_dataset, rows_of
 from components.datasets.results import Refusals, note_refused
 from components.datasets.tasks import ShardOutput, ShardTask, run_shards
 from components.instruct.llm.checks import VERSION, language_is_known
@@ -56,8 +56,7 @@ class Instruct(Component):
         """Refuse an input that is no dataset, and what a teacher behind an endpoint cannot do without."""
         if DATASET not in inputs:
             raise RefusedInput(f"instruct needs the input {DATASET!r}, an artifact of shard")
-        if not inputs[DATASET].parquet("train"):
-            raise RefusedInput(f"{inputs[DATASET].uri}: holds no train/*.parquet, so it is no dataset")
+        require_dataset(inputs[DATASET])
         if settings.teacher == "llm":
             read_key(settings)
             _known_language(settings)

@@ -5,13 +5,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, TypeVar
 
 from components.contract.component import Job
-from components.contract.pace import SAY_EVERY_SECONDS, Due, duration
+from components.contract.pace import SAY_EVERY_SECONDS, Due, Speed
 from components.contract.printable import one_line
 from llava.errors import LlavaError, RefusedInput
 
@@ -47,14 +46,14 @@ def spread(
 
     task = ray.remote(**PLACED)(work)
     everywhere = ray.put(shared)
-    started, due = time.monotonic(), Due(at_once=False)
+    speed, due = Speed(), Due(at_once=False)
     finished = 0
 
     def look() -> None:
         job.lease.check()
         if finished and due():
-            left = (time.monotonic() - started) / finished * (len(pieces) - finished)
-            job.say(f"{doing}: {finished:,} of {len(pieces):,} files, about {duration(left)} left")
+            left = speed.left(finished, len(pieces))
+            job.say(f"{doing}: {finished:,} of {len(pieces):,} files, about {left} left")
 
     def submit(numbered: tuple[int, Piece]) -> Any:
         return task.remote(everywhere, numbered[1])

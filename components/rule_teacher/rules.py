@@ -30,6 +30,7 @@ from components.rule_teacher.words import (
     DETAIL_REQUESTS,
     NUMBERS,
     PHRASINGS,
+    in_words,
     plural,
     with_article,
 )
@@ -99,7 +100,7 @@ def detail(
     if counts and len(view.things) <= CROWD:
         amounts = [with_article(c) if n == 1 else f"{NUMBERS[n]} {plural(c)}" for c, n in counts.items()]
         verb = "is" if next(iter(counts.values())) == 1 else "are"
-        parts.append(f"There {verb} {_listed(amounts)}.")
+        parts.append(f"There {verb} {in_words(amounts)}.")
     for name, thing in view.names.items():
         if name == thing.category and (place := quarter(thing)):
             parts.append(f"The {name} is in the {place} part of the picture.")
@@ -276,7 +277,3 @@ def _turn(kind: str, rng: random.Random, answer: str, **words: str | None) -> Tu
 def _sentence(text: str) -> str:
     text = text.strip()
     return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
-
-
-def _listed(parts: Sequence[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

@@ -7,19 +7,17 @@ than its lower neighbour; `colours`: the means of 3 x 3 fields. Scaling and comp
 from __future__ import annotations
 
 import hashlib
-import io
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from components.contract.digest import canonical_json, sha256_of
+from components.contract.digest import canonical_json
 from components.contract.store import Folder
+from components.datasets.kept import kept_table
 from components.datasets.reading import rows_of
 from llava.data.images import Limits, thumbnail
-from llava.data.parquet_files import read_parquet
 from llava.data.schema import images_of
 
 CACHE = "fingerprints"
@@ -61,13 +59,7 @@ class Fingerprints:
     def table(self, file: tuple[str, str]) -> pa.Table:
         """`PICTURES` of one shard (path, sha256), found in the cache or made now."""
         path, sha256 = file
-        key = f"{sha256_of({'file': sha256, 'rules': _RULES})[:32]}.parquet"
-        if found := self.cache.fetch(key):
-            return read_parquet(found[0], f"{self.cache.uri}/{key}")
-        made = self._read(path)
-        pq.write_table(made, buffer := io.BytesIO(), compression="zstd")
-        self.cache.write(key, buffer.getvalue())
-        return made
+        return kept_table(self.cache, {"file": sha256, "rules": _RULES}, lambda: self._read(path))
 
     def _read(self, path: str) -> pa.Table:
         rows: list[dict[str, Any]] = []

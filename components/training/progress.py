@@ -7,7 +7,7 @@ from typing import Any
 from rich import progress as bars
 
 from components.contract import Job
-from components.contract.pace import Due, duration
+from components.contract.pace import Due, Speed
 from components.ray_cluster.connection import resources
 from components.training.board import Progress, ProgressClient
 
@@ -46,7 +46,7 @@ class Watcher:
         return self._client.get()
 
     def _lines(self) -> None:
-        said, began, first = -1, time.monotonic(), 0
+        said, speed = -1, Speed()
         due, news = Due(self._every), time.monotonic()
         while not self._stop.wait(1.0):
             now = self._standing()
@@ -57,9 +57,9 @@ class Watcher:
                 continue
             news = time.monotonic()
             if said < 0:
-                began, first = time.monotonic(), now.step
+                speed = Speed(now.step)
             if due() or now.step == now.steps:
-                self._job.say(_line(now, began, first))
+                self._job.say(_line(now, speed))
             said = now.step
 
     def _quiet(self) -> str:
@@ -87,10 +87,9 @@ class Watcher:
                     bar.update(task, completed=now.step, total=now.steps, shown=shown)
 
 
-def _line(now: Progress, began: float, first: int) -> str:
-    spent = time.monotonic() - began
-    left = (now.steps - now.step) * spent / (now.step - first) if now.step > first else None
-    remaining = f", {duration(left)} left" if left else ""
+def _line(now: Progress, speed: Speed) -> str:
+    left = speed.left(now.step, now.steps) if now.step < now.steps else None
+    remaining = f", {left} left" if left else ""
     return (
         f"step {now.step}/{now.steps}  loss {now.loss:.3f}  "
         f"{now.samples_per_second:.0f} samples/s  {now.tokens_per_second:.0f} tokens/s{_device(now)}{remaining}"

@@ -36,13 +36,10 @@ from workflows.config import WorkflowConfig
 from workflows.plan import Step
 from workflows.retraining.drops import READY, RECORDS, Drop, Looked, look, open_drop, take
 from workflows.retraining.records import PLACE, PLAN, VERSIONS, RetrainPlan, plan_of, taken
+from workflows.stages import STAGES, last_giving, training_stages
 from workflows.train import Summary, WorkflowRun
 
 IDS_TOLD = 20
-TRAINED = "finetune"
-"""The stage that learns from new data."""
-QUESTIONS = "instruct"
-"""The stage whose conversations the new ones stand beside."""
 _CONVERSATIONS = (".json", ".jsonl")
 _LIMITS = (
     "rows_per_shard", "rows_per_group", "group_bytes", "min_pixels", "max_pixels", "max_image_bytes", "max_text",
@@ -108,6 +105,18 @@ def retrain(config: WorkflowConfig, root: str, prefixes: Sequence[str], wait: bo
         if plan is None:
             return _nothing_new(looked)
         return _run(config, root, plan, looked, wait, lease)
+
+
+def _trained() -> str:
+    """The stage that learns from new data: the last one that trains."""
+    return training_stages()[-1].name
+
+
+def _questions() -> str:
+    """The stage whose conversations the new ones stand beside."""
+    found = last_giving("conversations", [stage.name for stage in STAGES])
+    assert found is not None
+    return found
 
 
 def _nothing_new(looked: Looked) -> Retrained:
@@ -181,7 +190,7 @@ def _run(
     config: WorkflowConfig, root: str, plan: RetrainPlan, looked: Looked, wait: bool, lease: Lease
 ) -> Retrained:
     workspace = train.open_workspace(config.name, root, wait)
-    start = {TRAINED: open_artifact(plan.start)} if plan.start else {}
+    start = {_trained(): open_artifact(plan.start)} if plan.start else {}
     steps = plans.make_plan(config, start=start)
     plans.preflight(steps, workspace)
     with train.running(config, workspace, "retrain") as run:
@@ -225,10 +234,10 @@ class _Retraining:
         new = [dataset for dataset in new if source_of(dataset).keys]
         if not new:
             raise RefusedInput("the new drops hold no record that can be trained on; see what was set aside")
-        at = next(number for number, step in enumerate(steps) if step.name == TRAINED)
+        at = next(number for number, step in enumerate(steps) if step.name == _trained())
         self.run.make(steps[:at])
         weight = 1.0 if self.plan.start is None else self.config.retrain.replay
-        base = self.run.made[QUESTIONS]
+        base = self.run.made[_questions()]
         before = [_Part("base", base, weight), *(_Part("old", one, weight) for one in old)]
         parts = [*before, *(_Part("new", one, 1.0) for one in new)]
         self.keep_version([part for part in parts if part.weight])

@@ -14,7 +14,7 @@ from typing import Any
 
 from components.chat import told as told_by
 from components.contract import Folder, Guard, Job
-from components.contract.pace import Due, duration
+from components.contract.pace import Due, Speed
 from components.instruct.llm.endpoint import LOOK_AT, Endpoint
 from components.instruct.llm.limits import Budget, Gate, Limits, Pace, SharedLimits, Tokens
 from components.instruct.llm.prompts import Prompts
@@ -220,18 +220,16 @@ class _Progress:
     ) -> None:
         self._job, self._missing, self._spent = job, missing, spent
         self._budget = budget_of(settings)
-        self._began, self.due = time.monotonic(), Due(at_once=False)
+        self._speed, self.due = Speed(), Due(at_once=False)
 
     def say(self, finished: Tally, running: Sequence[Tally]) -> None:
         """One line about the askers that are through and those that are not."""
         together = Tally()
         for tally in [finished, *running]:
             together.add(tally)
-        pace = together.answered / (time.monotonic() - self._began)
         text = f"{together.answered:,} of {self._missing:,} requests answered"
-        if together.answered:
-            left = (self._missing - together.answered) / pace
-            text += f", {pace:,.1f} a second, about {duration(left)} left"
+        if left := self._speed.left(together.answered, self._missing):
+            text += f", {self._speed.per_second(together.answered):,.1f} a second, about {left} left"
         text += f"; {told(self._spent + together.tokens, self._budget)}"
         if together.faults:
             reasons = ", ".join(f"{reason} {count:,}" for reason, count in together.faults.most_common())

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from components.contract import pace
-from components.contract.pace import Due, duration
+from components.contract.pace import Due, Speed, duration
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,13 @@ def test_it_is_due_once_in_its_seconds(at_once: bool, monkeypatch: pytest.Monkey
         now = 100.0 + step
         asked.append(due())
     assert [step for step, is_due in enumerate(asked) if is_due] == ([0, 5, 10] if at_once else [5, 10])
+
+
+def test_what_is_left_goes_by_what_was_done_since_the_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(pace, "time", SimpleNamespace(monotonic=lambda: now))
+    speed = Speed(done=40)
+    now = 110.0
+    assert speed.left(40, 100) is None
+    assert speed.per_second(60) == 2.0
+    assert speed.left(60, 100) == "20 s"

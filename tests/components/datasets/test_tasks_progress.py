@@ -17,8 +17,7 @@ def test_the_time_left_comes_from_what_this_run_made_and_not_from_what_it_found(
     found: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now, said = 1000.0, list[str]()
-    for module in (shard_tasks, pace):
-        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(pace, "time", SimpleNamespace(monotonic=lambda: now))
     tasks = [ShardTask(f"part-{number}", number, 100, lambda *_: None, None) for number in range(10)]
     job: Any = SimpleNamespace(say=said.append)
     progress = _Progress(job, tasks, tasks[found:])
