@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from components.contract import pace
-from components.datasets import tasks as shard_tasks
 from components.datasets.tasks import ShardTask, _Progress
 
 
