@@ -66,8 +66,8 @@ class FilterVerdict:
 
 
 @dataclass(frozen=True)
-class Judge:
-    """Judges the responses about one dataset's photos. `categories`: all that anybody looked for in it."""
+class AnswerFilter:
+    """Keeps what is right of the responses about one dataset. `categories`: all that anybody looked for in it."""
 
     settings: InstructSettings
     prompts: Prompts
@@ -76,7 +76,7 @@ class Judge:
     categories: tuple[str, ...]
 
     def shard(self, key: str, number: int) -> FilterVerdict:
-        """Judge everything about the photos of a shard."""
+        """The verdict on everything about the photos of a shard."""
         verdict = FilterVerdict()
         answered = responses_of(self.folder, number)
         maker = Requests(self.settings, self.prompts)

@@ -13,8 +13,8 @@ from components.instruct.llm.asking import Tally, Work, ask_all, budget_of, told
 from components.instruct.llm.contexts import facts
 from components.instruct.llm.endpoint import probe
 from components.instruct.llm.filtering import (
+    AnswerFilter,
     FilterVerdict,
-    Judge,
     crowded,
     crowded_out,
     share_rejected,
@@ -93,8 +93,8 @@ def answered_tasks(
             "instruct.max_tokens"
         )
     tally = _ask(job, Work(settings, prompts, dataset, tuple(shards), job.folder, job.lease.guard), plan)
-    judge = Judge(settings, prompts, dataset, job.folder, plan.categories)
-    by_shard, verdict = _judge(judge, shards)
+    answer_filter = AnswerFilter(settings, prompts, dataset, job.folder, plan.categories)
+    by_shard, verdict = _filter(answer_filter, shards)
     rest = crowded_out(verdict.samples, settings.same_question, settings.seed)
     verdict.rejects += crowded(verdict.samples, rest)
     job.folder.write(REJECTED_FILE, to_jsonl(map(asdict, verdict.rejects)))
@@ -104,7 +104,9 @@ def answered_tasks(
     for part, key in enumerate(shards):
         remains = {name: rest[name] for name in by_shard[part].samples if name in rest}
         tasks.append(
-            ShardTask(f"train-{part:05d}", part, counts[part], write_shard, (judge, key, part, remains))
+            ShardTask(
+                f"train-{part:05d}", part, counts[part], write_shard, (answer_filter, key, part, remains)
+            )
         )
     return tasks
 
@@ -148,20 +150,20 @@ def _ask(job: Job[InstructSettings], work: Work, plan: RequestPlan) -> Tally:
     return tally
 
 
-def _judge(judge: Judge, shards: Sequence[str]) -> tuple[list[FilterVerdict], FilterVerdict]:
+def _filter(answer_filter: AnswerFilter, shards: Sequence[str]) -> tuple[list[FilterVerdict], FilterVerdict]:
     """The verdict on each shard, and all together."""
     import ray
 
-    remote = ray.remote(num_cpus=1, max_retries=3)(_judge_shard)
-    by_shard = ray.get([remote.remote(judge, key, number) for number, key in enumerate(shards)])
+    remote = ray.remote(num_cpus=1, max_retries=3)(_filter_shard)
+    by_shard = ray.get([remote.remote(answer_filter, key, number) for number, key in enumerate(shards)])
     together = FilterVerdict()
     for part in by_shard:
         together.add(part)
     return by_shard, together
 
 
-def _judge_shard(judge: Judge, key: str, number: int) -> FilterVerdict:
-    return judge.shard(key, number)
+def _filter_shard(answer_filter: AnswerFilter, key: str, number: int) -> FilterVerdict:
+    return answer_filter.shard(key, number)
 
 
 def _refuse_if_too_much_was_rejected(verdict: FilterVerdict, most: float) -> None:

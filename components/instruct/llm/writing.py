@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from components.datasets.reading import rows_of
 from components.datasets.tasks import ShardOutput
 from components.instruct.llm.contexts import facts
-from components.instruct.llm.filtering import Judge, sample_id
+from components.instruct.llm.filtering import AnswerFilter, sample_id
 from components.instruct.llm.responses import Response, responses_of
 from components.instruct.samples import cells, measure, picture_after
 from components.rule_teacher.rules import Turn
@@ -17,13 +17,13 @@ from llava.data.schema import Row
 Remains = Mapping[str, Sequence[int]]
 
 
-def write_shard(output: ShardOutput, arguments: tuple[Judge, str, int, Remains]) -> None:
+def write_shard(output: ShardOutput, arguments: tuple[AnswerFilter, str, int, Remains]) -> None:
     """Write the samples about a shard's photos. `Remains`: the pairs of a sample that other samples leave room for."""
-    judge, key, number, remains = arguments
-    answered = responses_of(judge.folder, number)
-    for row in rows_of(judge.dataset, key):
+    answer_filter, key, number, remains = arguments
+    answered = responses_of(answer_filter.folder, number)
+    for row in rows_of(answer_filter.dataset, key):
         written = 0
-        for sample in _samples(row, judge, number, answered, remains):
+        for sample in _samples(row, answer_filter, number, answered, remains):
             output.write("train", sample)
             measure(output, "train", sample)
             written += 1
@@ -33,16 +33,16 @@ def write_shard(output: ShardOutput, arguments: tuple[Judge, str, int, Remains])
 
 
 def _samples(
-    row: Row, judge: Judge, number: int, answered: Mapping[str, Response], remains: Remains
+    row: Row, answer_filter: AnswerFilter, number: int, answered: Mapping[str, Response], remains: Remains
 ) -> Iterator[Row]:
     if row["conversations"]:
         yield row
         return
-    settings = judge.settings
-    for request, pairs in judge.rows(row, number, answered):
+    settings = answer_filter.settings
+    for request, pairs in answer_filter.rows(row, number, answered):
         name = sample_id(request)
         rng = random.Random(f"instruct {settings.seed} {name}")
-        request_for_detail = rng.choice(judge.prompts.requests)
+        request_for_detail = rng.choice(answer_filter.prompts.requests)
         turns = [
             Turn(request.kind, pairs[at].question or request_for_detail, pairs[at].answer)
             for at in remains.get(name, range(len(pairs)))

@@ -12,7 +12,7 @@ import pytest
 from components.contract import open_store
 from components.instruct.llm.checks import content_words, faults, leans, speaks
 from components.instruct.llm.contexts import Facts, facts
-from components.instruct.llm.filtering import Asked, Judge, crowded, crowded_out, standing
+from components.instruct.llm.filtering import AnswerFilter, Asked, crowded, crowded_out, standing
 from components.instruct.llm.parse import Pair, Unusable, parse
 from components.instruct.llm.prompts import load_prompts
 from components.instruct.llm.requests import Requests
@@ -214,8 +214,10 @@ def judged(
     message = {"role": "assistant", "content": text}
     body = other.get("body") or json.dumps({"choices": [{"message": message, "finish_reason": "stop"}]})
     response = Response(request.digest, request.photo, kind, 0, other.get("status", 200), body, 1, 1, 0.1)
-    judge = Judge(settings, prompts, open_store(Path("/")), open_store(Path("/")), ("dog", "cat"))
-    kept, rejects = judge._response(request, response, facts(row))
+    answer_filter = AnswerFilter(
+        settings, prompts, open_store(Path("/")), open_store(Path("/")), ("dog", "cat")
+    )
+    kept, rejects = answer_filter._response(request, response, facts(row))
     return kept, rejects
 
 
