@@ -15,7 +15,7 @@ test: .venv/installed-test lint
 
 # The fast lane, for every change: lint, types, import contracts, and the tests that start no service.
 check: .venv/installed-test lint
-	$(BIN)/python -m pytest -m "not drill and not services and not slow" -n 2 --dist worksteal
+	$(BIN)/python -m pytest -m "not drill and not services and not slow" -n 2 --dist worksteal --max-worker-restart 0
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

@@ -118,7 +118,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_testnodedown(node: Any, error: object | None) -> None:
     """How a process of the run ended that did not end by itself: pytest-xdist tells its name alone."""
     if error is not None:
-        status = node.gateway._io.popen.wait(30)
+        status: object = "unknown"
+        with suppress(subprocess.TimeoutExpired, AttributeError):
+            status = node.gateway._io.popen.wait(30)
         print(f"\n{node.gateway.id} ended with status {status} (below 0: a signal)", flush=True)
 
 
@@ -226,7 +228,7 @@ def ray_local(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> 
             logging_level=logging.ERROR,
             log_to_driver=False,
             object_store_memory=200 * 2**20,
-            _system_config=PATIENT,
+            _system_config=dict(PATIENT),
         )
     finally:
         for name, value in before.items():

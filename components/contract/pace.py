@@ -25,14 +25,14 @@ class Due:
 
 
 class Speed:
-    """How fast work goes since it was begun, and what is left takes at that speed."""
+    """How fast work goes since it began, and how long the rest takes at that speed."""
 
     def __init__(self, done: float = 0) -> None:
-        """`done`: how much was there before, which says nothing about it."""
+        """`done`: what was there before, which does not count for the speed."""
         self._before, self._began = done, time.monotonic()
 
     def per_second(self, done: float) -> float:
-        """Of what was done since, with `done` in all."""
+        """What was done per second since then; `done`: all that is done by now."""
         return (done - self._before) / max(time.monotonic() - self._began, 1e-9)
 
     def left(self, done: float, whole: float) -> str | None:

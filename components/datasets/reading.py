@@ -18,7 +18,7 @@ from llava.errors import RefusedInput
 
 
 def require_dataset(artifact: Artifact) -> None:
-    """RefusedInput for an artifact without rows to train on."""
+    """Raise RefusedInput for an artifact that holds no file of training rows."""
     if not artifact.parquet("train"):
         raise RefusedInput(f"{artifact.uri}: holds no train/*.parquet, so it is no dataset")
 

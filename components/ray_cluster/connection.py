@@ -21,7 +21,8 @@ from components.ray_cluster.watchdog import MARK
 from llava.errors import LlavaError, RefusedInput, Terminated
 
 PATIENT = {"health_check_failure_threshold": 1000}
-"""For a cluster on one machine: one that swaps or sleeps for a minute is not lost. (Ray ends the command then.)"""
+"""For a cluster on one machine, which may swap or sleep: by default Ray takes a node that is silent for a minute for dead,
+and ends the command. Give Ray a copy: it writes the folder of its session into what it is given."""
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
 
 
@@ -92,7 +93,7 @@ def _start_local() -> None:
         num_cpus=_cpus(),
         include_dashboard=False,
         _temp_dir=str(folder.ray),
-        _system_config=PATIENT,
+        _system_config=dict(PATIENT),
     )
     starting.in_time(init, starting.START_SECONDS, "Ray does not start on this machine")
 

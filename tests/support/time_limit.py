@@ -15,9 +15,11 @@ def within(seconds: float) -> Iterator[None]:
         raise TimeoutError(f"not done within {seconds:g} s: it hangs")
 
     before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    left = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        # The limit on the whole test, which was set aside, goes on.
+        signal.setitimer(signal.ITIMER_REAL, *left)

@@ -257,7 +257,7 @@ class _Retraining:
         )
         changed: dict[str, Any] = {"extra": (*settings.extra, *beside)}
         if settings.eval_every and not source_of(first.artifact, "heldout").keys:
-            say(f"{first.artifact.uri} holds no held-out samples: finetune.eval_every is off", "retrain")
+            say(f"{first.artifact.uri} holds no held-out samples: {step.name}.eval_every is off", "retrain")
             changed["eval_every"] = 0
         inputs = {**step.inputs, "dataset": first.artifact}
         return replace(step, settings=settings.model_copy(update=changed), inputs=inputs)
