@@ -21,8 +21,8 @@ from components.ray_cluster.watchdog import MARK
 from llava.errors import LlavaError, RefusedInput, Terminated
 
 PATIENT = {"health_check_failure_threshold": 1000}
-"""For a cluster on one machine, which may swap or sleep: by default Ray takes a node that is silent for a minute for dead,
-and ends the command. Give Ray a copy: it writes the folder of its session into what it is given."""
+"""For a cluster on one machine, which may swap or sleep. By default Ray takes a node that is silent for a minute for
+dead, and ends the command. Give Ray a copy: it writes the folder of its session into what it is given."""
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
 
 
