@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
-from components.rule_teacher.words import in_words
+from components.contract.printable import in_words
 
 Box = tuple[float, float, float, float]
 

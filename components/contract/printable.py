@@ -1,8 +1,9 @@
-"""Text from outside as it may reach a terminal: what a terminal would obey is written out, not obeyed."""
+"""Text for people: what a terminal would obey is written out, an error is one line, things are an enumeration."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 # C0 and C1 controls, DEL, marks that turn the direction of text around, and halves of surrogates, which are how
 # Python carries bytes that are not UTF-8 and which no terminal can be sent.
@@ -19,6 +20,11 @@ def printable(text: str) -> str:
 def one_line(error: BaseException, longest: int = 300) -> str:
     """The first line of an error's text, cut; its type where it says nothing."""
     return (str(error).strip().splitlines() or [""])[0][:longest] or type(error).__name__
+
+
+def in_words(parts: Sequence[str]) -> str:
+    """One or more things as an enumeration: a, b and c."""
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
 def has_controls(text: str) -> bool:

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
+from components.contract.printable import in_words
 from components.rule_teacher.view import (
     CLEARLY_APART,
     CLEARLY_BIGGER,
@@ -30,7 +31,6 @@ from components.rule_teacher.words import (
     DETAIL_REQUESTS,
     NUMBERS,
     PHRASINGS,
-    in_words,
     plural,
     with_article,
 )

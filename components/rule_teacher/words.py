@@ -1,7 +1,5 @@
 """The rules teacher's words: requests, phrasings, colours, numbers and the names of COCO's categories."""
 
-from collections.abc import Sequence
-
 DETAIL_REQUESTS: tuple[str, ...] = (
     "Describe this picture in detail.",
     "Tell me everything that you can see here.",
@@ -138,8 +136,3 @@ def with_article(noun: str) -> str:
     if noun in _PLURAL_ONLY:
         return noun
     return f"{'an' if noun[:1] in 'aeiou' else 'a'} {noun}"
-
-
-def in_words(parts: Sequence[str]) -> str:
-    """One or more things as an enumeration: a, b and c."""
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

@@ -45,6 +45,7 @@ def app():
             try:
                 while True:
                     ray.get([one.work.remote(0.2) for one in actors])
+                    print("worked", flush=True)
             except Exception as error:
                 failed.append(error)
 

@@ -36,7 +36,6 @@ from workflows.config import WorkflowConfig
 from workflows.plan import Step
 from workflows.retraining.drops import READY, RECORDS, Drop, Looked, look, open_drop, take
 from workflows.retraining.records import PLACE, PLAN, VERSIONS, RetrainPlan, plan_of, taken
-from workflows.stages import STAGES, last_giving, training_stages
 from workflows.train import Summary, WorkflowRun
 
 IDS_TOLD = 20
@@ -107,16 +106,14 @@ def retrain(config: WorkflowConfig, root: str, prefixes: Sequence[str], wait: bo
         return _run(config, root, plan, looked, wait, lease)
 
 
-def _trained() -> str:
-    """The stage that learns from new data: the last one that trains."""
-    return training_stages()[-1].name
-
-
-def _questions() -> str:
-    """The stage whose conversations the new ones stand beside."""
-    found = last_giving("conversations", [stage.name for stage in STAGES])
-    assert found is not None
-    return found
+def _learning(steps: Sequence[Step]) -> int:
+    """The place of the step that learns from new data: the last one that trains on conversations."""
+    taught = [
+        at
+        for at, step in enumerate(steps)
+        if step.component.trains and step.component.takes.get("dataset") == "conversations"
+    ]
+    return taught[-1]
 
 
 def _nothing_new(looked: Looked) -> Retrained:
@@ -190,8 +187,9 @@ def _run(
     config: WorkflowConfig, root: str, plan: RetrainPlan, looked: Looked, wait: bool, lease: Lease
 ) -> Retrained:
     workspace = train.open_workspace(config.name, root, wait)
-    start = {_trained(): open_artifact(plan.start)} if plan.start else {}
-    steps = plans.make_plan(config, start=start)
+    steps = plans.make_plan(config)
+    if plan.start:
+        steps = plans.make_plan(config, start={steps[_learning(steps)].name: open_artifact(plan.start)})
     plans.preflight(steps, workspace)
     with train.running(config, workspace, "retrain") as run:
         retraining = _Retraining(config, run, plan, lease)
@@ -234,10 +232,10 @@ class _Retraining:
         new = [dataset for dataset in new if source_of(dataset).keys]
         if not new:
             raise RefusedInput("the new drops hold no record that can be trained on; see what was set aside")
-        at = next(number for number, step in enumerate(steps) if step.name == _trained())
+        at = _learning(steps)
         self.run.make(steps[:at])
         weight = 1.0 if self.plan.start is None else self.config.retrain.replay
-        base = self.run.made[_questions()]
+        base = self.run.made[str(steps[at].inputs["dataset"])]
         before = [_Part("base", base, weight), *(_Part("old", one, weight) for one in old)]
         parts = [*before, *(_Part("new", one, 1.0) for one in new)]
         self.keep_version([part for part in parts if part.weight])
