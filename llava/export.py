@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llava.towers import family_of
 
 _INDEX = "model.safetensors.index.json"
@@ -28,6 +30,31 @@ def write(model: Any, processor: Any, folder: Path) -> None:
     prefix = family_of(model.config.vision_config.model_type).hub_prefix
     model.save_pretrained(folder, max_shard_size=_LARGEST)
     _rename_weights(folder, lambda name: hub_name(name, prefix))
+    _write_texts(processor, folder)
+
+
+def write_around(model: Any, dtype: torch.dtype, processor: Any, folder: Path) -> None:
+    """What `write` writes beside the weights, where these are in `dtype`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.dtype = str(dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    _write_texts(processor, folder)
+
+
+def file_name(number: int, count: int) -> str:
+    """Of file `number` (the first is 1) of `count`."""
+    return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def write_index(folder: Path, places: dict[str, str], total: int) -> None:
+    """Say which weight lies in which file; `total` bytes of weights."""
+    body = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+    (folder / _INDEX).write_text(json.dumps(body, indent=2) + "\n")
+
+
+def _write_texts(processor: Any, folder: Path) -> None:
     processor.save_pretrained(folder)
     _edit(folder / "config.json", _with_both_ropes)
     _edit(folder / "generation_config.json", _anywhere)

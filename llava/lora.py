@@ -62,3 +62,19 @@ def merge(model: Any) -> None:
         if isinstance(module, LoraLayer):
             module.merge(safe_merge=True)
             model.set_submodule(name, module.get_base_layer())
+
+
+def base_name(adapter: str) -> str:
+    """The stock parameter that an adapter's parameter belongs to."""
+    module, _, _ = adapter.partition(".lora_")
+    return f"{module}.weight"
+
+
+def merged(name: str, base: torch.Tensor, adapters: dict[str, torch.Tensor], lora: Lora) -> torch.Tensor:
+    """The stock parameter `name` with what its adapters learned, in fp32: what `merge` makes of it there.
+
+    `adapters`: the adapters' parameters by their names in the model.
+    """
+    module = name.removesuffix(".weight")
+    down, up = (adapters[f"{module}.lora_{matrix}.default.weight"] for matrix in "AB")
+    return base.float() + (up @ down) * (lora.alpha / lora.rank)

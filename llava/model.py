@@ -103,8 +103,7 @@ def join(
         )
         config.image_seq_length = features(config)
         # Weights that would be thrown away at once are never made: a 13B is in memory once.
-        with torch.device("meta"):
-            model = LlavaForConditionalGeneration(config)
+        model = empty(config)
         model.model.multi_modal_projector.to_empty(device="cpu")
         _initialise(model.model.multi_modal_projector, reading.projector, config.text_config)
     model.model.multi_modal_projector.to(language.dtype)
@@ -210,6 +209,24 @@ def _unscaled(text: Any) -> int | None:
 
 def save(model: LlavaForConditionalGeneration, processor: Any, folder: Path, template: str) -> None:
     """As a folder that stock transformers loads, with the template named in it."""
+    _prepare(model, processor, template)
+    with stock_attention(model):
+        export.write(model, processor, folder)
+    write_about(folder, template)
+
+
+def save_around(
+    model: LlavaForConditionalGeneration, dtype: torch.dtype, processor: Any, folder: Path, template: str
+) -> None:
+    """What `save` writes beside the weights, which are in `dtype`."""
+    _prepare(model, processor, template)
+    with stock_attention(model):
+        export.write_around(model, dtype, processor, folder)
+    write_about(folder, template)
+
+
+def _prepare(model: LlavaForConditionalGeneration, processor: Any, template: str) -> None:
+    """Where an answer ends, and how one asks."""
     quiet()
     given = model.generation_config.eos_token_id
     ends = {
@@ -221,12 +238,9 @@ def save(model: LlavaForConditionalGeneration, processor: Any, folder: Path, tem
     if processor.tokenizer.pad_token_id is not None:
         model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     model.config.image_seq_length = features(model.config)
-    with stock_attention(model):
-        # A caption is no answer to a question: stage 1 leaves the way to ask as it found it.
-        if is_chat(template) or not processor.chat_template:
-            processor.chat_template = chat_template(template, processor.tokenizer)
-        export.write(model, processor, folder)
-    write_about(folder, template)
+    # A caption is no answer to a question: stage 1 leaves the way to ask as it found it.
+    if is_chat(template) or not processor.chat_template:
+        processor.chat_template = chat_template(template, processor.tokenizer)
 
 
 def write_about(folder: Path, template: str) -> None:
@@ -257,6 +271,12 @@ def load(folder: Path, dtype: torch.dtype) -> LlavaForConditionalGeneration:
         LlavaForConditionalGeneration, folder, whole=True, dtype=dtype, attn_implementation=attention
     )
     return loaded
+
+
+def empty(config: LlavaConfig) -> LlavaForConditionalGeneration:
+    """The model without weights, on `meta`: names and shapes."""
+    with torch.device("meta"):
+        return LlavaForConditionalGeneration(config)
 
 
 def load_processor(folder: Path, fit: Fit = "model") -> Any:

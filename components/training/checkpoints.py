@@ -1,138 +1,252 @@
-"""Training checkpoints in an artifact's folder: files first, the commit marker last, the newest few kept.
+"""Training checkpoints in an artifact's folder: each rank's files, then the commit marker; the newest few are kept.
 
-A checkpoint lies in `checkpoints/{step}-{token}/`, where `token` is the lease's fencing token, in the folder of the
-try that made it: a worker of a lost run can never write into the checkpoint of the run that took over. A later try
-reads those of the earlier ones where they are, since they are large.
+A checkpoint lies in `checkpoints/{step}-{token}-{start}/`, in the folder of the try that made it. `token` is the
+lease's fencing token: a worker of a lost run can never write into the checkpoint of the run that took over. `start`
+names one start of the worker group: what a killed group left unfinished never mixes with what the next one writes. A
+later try reads the checkpoints of the earlier ones where they are, since they are large.
+
+Each rank writes its share and then, as `share-RANK.json`, what it wrote. Rank 0 waits for all of these, in its thread,
+and commits: `COMMITTED` holds size and sha256 of every file and says where each piece of the state lies.
 """
 
+import contextlib
+import errno
 import json
-import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from components.contract import Folder, Guard
-from components.contract.digest import sha256_of
 from components.contract.store import check_key
 from llava.data.jsonl import from_json
 from llava.errors import LlavaError
+from llava.training import checkpoint as files
+from llava.training.checkpoint import Fragment, SavedState, Share, Written
 
 FOLDER = "checkpoints"
 COMMITTED = "COMMITTED"
+_SHARE = "share-{:05d}.json"
+_EVERY = 0.1
+"""Seconds between two looks for the shares of the other ranks; grows to a second."""
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class Damaged(LlavaError):
+    """A checkpoint is not what was committed; the message says what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run keeps its checkpoints."""
+
+    folder: Folder
+    guard: Guard
+    keep: int
+    earlier: tuple[Folder, ...] = ()
+    """The folders of earlier tries, whose checkpoints count for `keep` too."""
+
+    def newest_first(self) -> list[Folder]:
+        """The committed checkpoints of all tries."""
+        return list(reversed(self._found()[0]))
+
+    def checkpoint(self, step: int, start: str) -> Folder:
+        """The folder of the checkpoint of `step` that the group `start` makes."""
+        return self.folder.sub(f"{FOLDER}/{step:09d}-{self.guard.token:06d}-{start}")
+
+    def clean(self) -> None:
+        """Delete what was never committed: a full disk or a kill came between. Nobody else writes here now."""
+        self.guard.check()
+        for folder in self._found()[1]:
+            folder.delete_all()
+
+    def prune(self) -> None:
+        """Delete the oldest checkpoints over `keep`."""
+        for old in self._found()[0][: -self.keep]:
+            remove(old)
+
+    def _found(self) -> tuple[list[Folder], list[Folder]]:
+        """Committed checkpoints by step, token and start, and the others."""
+        named: dict[str, tuple[Folder, bool]] = {}
+        for folder in (self.folder, *self.earlier):
+            for entry in folder.list(f"{FOLDER}/"):
+                name, _, file = entry.key.removeprefix(f"{FOLDER}/").partition("/")
+                # Ray keeps a folder of its own beside them.
+                if name[:9].isdigit() and file:
+                    done = named.get(name, (folder, False))[1] or file == COMMITTED
+                    named[name] = (folder, done)
+        found = [(folder.sub(f"{FOLDER}/{name}"), done) for name, (folder, done) in sorted(named.items())]
+        return [each for each, done in found if done], [each for each, done in found if not done]
+
+
+def remove(checkpoint: Folder) -> None:
+    """Delete a checkpoint, its marker first."""
+    checkpoint.delete(COMMITTED)
+    checkpoint.delete_all()
 
 
 class Saver:
-    """Stores checkpoints in a thread of its own while training goes on; one at a time, in order."""
+    """Stores one rank's shares in a thread of its own while training goes on; one at a time, in order."""
 
-    def __init__(
-        self, folder: Folder, guard: Guard, keep: int, scratch: Path, earlier: Sequence[Folder] = ()
-    ):
-        """`earlier`: the folders of earlier tries, whose checkpoints count for `keep` too."""
-        self._folder, self._guard, self._keep, self._scratch = folder, guard, keep, scratch
-        self._earlier = earlier
+    def __init__(self, place: Place, rank: int, world: int, start: str, scratch: Path) -> None:
+        """`start`: the same on all ranks of the group, and of no other group."""
+        self.place, self.rank, self.world, self.start = place, rank, world, start
+        self._scratch = scratch
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
+        self._closing = threading.Event()
 
     def wait(self) -> None:
-        """Until the checkpoint before is committed; raises what went wrong with it."""
+        """Until this rank's share of the checkpoint before is stored, on rank 0 until all are and it is committed;
+        raises what went wrong with it."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
 
-    def save(self, step: int, write: Callable[[Path], None]) -> None:
-        """Commit what `write` puts into a local folder as the checkpoint of `step`, after the one before."""
+    def save(self, step: int, fragments: Sequence[Fragment], more: Mapping[str, bytes]) -> Folder:
+        """Store this rank's share of the checkpoint of `step`, after the one before, and its files `more`.
+
+        All ranks call it, each with its own fragments; rank 0 commits when all are there. Returns the checkpoint.
+        """
         self.wait()
-        self._pending = self._pool.submit(self._store, step, write)
+        there = self.place.checkpoint(step, self.start)
+        self._pending = self._pool.submit(self._store, there, fragments, more)
+        return there
 
     def close(self) -> None:
-        """Let a checkpoint that is under way arrive; its failure no longer matters to whoever fails himself."""
+        """Let a share that is under way arrive; its failure no longer matters to whoever fails himself."""
+        self._closing.set()
         self._pool.shutdown(wait=True)
 
-    def _store(self, step: int, write: Callable[[Path], None]) -> None:
+    def _store(self, there: Folder, fragments: Sequence[Fragment], more: Mapping[str, bytes]) -> None:
+        self.place.guard.check()
+        try:
+            share = self._written(there, fragments, more)
+            there.write(_SHARE.format(self.rank), json.dumps(share.as_json()).encode())
+            if self.rank == 0:
+                self._commit(there)
+        except BaseException as error:
+            # It will never be whole: what is there of it only takes room. The reason counts, not how this goes.
+            with contextlib.suppress(Exception):
+                there.delete_all()
+            if isinstance(error, OSError) and error.errno in _FULL:
+                raise LlavaError(
+                    f"checkpoint {there.uri}: {error.strerror}: make room, or keep fewer with keep_checkpoints; the "
+                    "same command goes on from the checkpoint before"
+                ) from error
+            raise
+
+    def _written(self, there: Folder, fragments: Sequence[Fragment], more: Mapping[str, bytes]) -> Share:
+        if (path := there.local_path) is not None:
+            return self._files(path, fragments, more)
         with tempfile.TemporaryDirectory(dir=self._scratch) as local:
-            write(Path(local))
-            save(self._folder, self._guard, step, Path(local), self._keep, self._earlier)
+            share = self._files(Path(local), fragments, more)
+            for name in share.files:
+                there.upload(Path(local) / name, name)
+            return share
+
+    def _files(self, folder: Path, fragments: Sequence[Fragment], more: Mapping[str, bytes]) -> Share:
+        share = files.write_share(folder, self.rank, self.world, fragments)
+        for name, data in more.items():
+            (folder / name).write_bytes(data)
+            share.files[name] = files.written(folder / name)
+        return share
+
+    def _commit(self, there: Folder) -> None:
+        shares = [self._share(there, rank) for rank in self._arrived(there)]
+        # Waiting may take longer than a lost lease takes to be taken over.
+        self.place.guard.check()
+        there.write(COMMITTED, json.dumps([share.as_json() for share in shares]).encode())
+        self.place.prune()
+
+    def _arrived(self, there: Folder) -> Iterable[int]:
+        """All ranks, when all have stored their shares."""
+        names, pause = {_SHARE.format(rank) for rank in range(self.world)}, _EVERY
+        while names - {entry.key for entry in there.list("share-")}:
+            if self._closing.wait(pause):
+                raise LlavaError(
+                    f"checkpoint {there.uri}: the run ended before all ranks had stored their shares"
+                )
+            self.place.guard.check()
+            pause = min(1.0, pause * 1.5)
+        return range(self.world)
+
+    def _share(self, there: Folder, rank: int) -> Share:
+        return Share.from_json(from_json(there.read(_SHARE.format(rank))))
 
 
-def save(
-    folder: Folder, guard: Guard, step: int, local: Path, keep: int, earlier: Sequence[Folder] = ()
-) -> None:
-    """Store the files of `local` as the checkpoint of `step` and drop the oldest ones over `keep`."""
-    guard.check()
-    name = f"{step:09d}-{guard.token:06d}"
-    there = folder.sub(f"{FOLDER}/{name}")
-    there.delete_all()
-    files = sorted(path for path in local.iterdir() if path.is_file())
-    for path in files:
-        there.upload(path, path.name)
-    # An upload may take longer than a lost lease takes to be taken over.
-    guard.check()
-    there.write(COMMITTED, json.dumps({path.name: path.stat().st_size for path in files}).encode())
-    for old in _committed([folder, *earlier])[:-keep]:
-        old.delete(COMMITTED)
-        old.delete_all()
+class Checkpoint:
+    """A committed checkpoint."""
+
+    def __init__(self, folder: Folder) -> None:
+        """Raises `Damaged` where the marker cannot be read."""
+        self.folder = folder
+        try:
+            self.shares = [Share.from_json(one) for one in from_json(folder.read(COMMITTED))]
+            self.files: dict[str, Written] = {}
+            for share in self.shares:
+                self.files |= {check_key(name): file for name, file in share.files.items()}
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError, LlavaError) as error:
+            raise Damaged(f"{COMMITTED} cannot be read ({type(error).__name__}: {error})") from None
+
+    def check(self, rank: int, world: int) -> None:
+        """Compare this rank's part of the files with what was committed; all ranks together look at all of them.
+
+        Raises `Damaged`.
+        """
+        for name in sorted(self.files)[rank::world]:
+            committed, found = self.files[name], self.folder.stat(name)
+            if found is None or found.size != committed.size:
+                size = "is gone" if found is None else f"has {found.size} bytes"
+                raise Damaged(f"{name} {size}, {committed.size} were committed")
+            if self.folder.sha256(name) != committed.sha256:
+                raise Damaged(f"{name} has other contents than were committed")
+
+    def position(self, plan: dict[str, Any]) -> files.Position:
+        """Where it stands. Refuses a checkpoint of another plan."""
+        return files.position_of(self.folder.read(files.STATE), plan, self.folder.uri)
+
+    def state(self, position: files.Position) -> SavedState:
+        """What lies in it; close it."""
+        return SavedState(self.folder.uri, position.update, self.shares, self.folder.open)
+
+    def lines(self, prefix: str) -> list[bytes]:
+        """The contents of all files whose names begin with `prefix`, by name."""
+        return [self.folder.read(name) for name in sorted(self.files) if name.startswith(prefix)]
 
 
-def newest(folders: Sequence[Folder]) -> Folder | None:
-    """The folder of the newest committed checkpoint of several tries, or None."""
-    return found[-1] if (found := _committed(folders)) else None
+def newest_whole(
+    place: Place, agree: Callable[[Any], list[Any]], rank: int, world: int, tell: Callable[[str], None]
+) -> Checkpoint | None:
+    """The newest checkpoint that is what was committed, or None. All ranks call it.
 
-
-@contextmanager
-def fetched(there: Folder, first: bool, barrier: Callable[[], None]) -> Iterator[Path]:
-    """A local folder with the files of the checkpoint `there`, for as long as any rank of this node is inside.
-
-    A checkpoint of a 7B model is 80 GB: only the `first` rank of a node downloads it, the others wait at the
-    `barrier` of all ranks. The folder's name is that of the checkpoint, so that what a killed rank left is replaced.
+    A damaged one is told of, deleted and passed over. `agree` gives what each rank says, by rank.
     """
-    copy = Path(tempfile.gettempdir()) / f"llava-checkpoint-{sha256_of(there.uri)[:16]}"
-    own = first and there.local_path is None
-    try:
-        if own:
-            shutil.rmtree(copy, ignore_errors=True)
-            for file in _marker(there):
-                there.download(file, copy / file)
-        barrier()
-        yield _whole(there, there.local_path or copy)
-        barrier()
-    finally:
-        if own:
-            shutil.rmtree(copy, ignore_errors=True)
-
-
-def _whole(there: Folder, where: Path) -> Path:
-    """`where`, if its files have the sizes of the marker."""
-    for file, size in _marker(there).items():
-        found = (where / file).stat().st_size if (where / file).exists() else None
-        if found != size:
-            raise LlavaError(
-                f"checkpoint {there.uri}: {file} has {found} bytes, {size} were committed; "
-                f"delete {there.uri} to resume from the one before"
+    candidates: list[Folder] = agree(place.newest_first() if rank == 0 else None)[0]
+    for number, folder in enumerate(candidates):
+        found, problem = _looked_at(folder, rank, world)
+        problems = [each for each in agree(problem) if each is not None]
+        if not problems:
+            return found
+        if rank == 0:
+            then = (
+                "going on from the one before" if candidates[number + 1 :] else "starting from the beginning"
             )
-    return where
+            tell(f"checkpoint {folder.uri} is damaged ({problems[0]}) and is deleted: {then}")
+            place.guard.check()
+            remove(folder)
+    return None
 
 
-def _marker(there: Folder) -> dict[str, int]:
-    """The size of each file, by its name in the checkpoint."""
+def _looked_at(folder: Folder, rank: int, world: int) -> tuple[Checkpoint | None, str | None]:
     try:
-        sizes: dict[str, int] = from_json(there.read(COMMITTED))
-        return {check_key(file): int(size) for file, size in sizes.items()}
-    except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
-        raise LlavaError(
-            f"checkpoint {there.uri}: {COMMITTED} is damaged ({error}); delete {there.uri} to resume from the "
-            "one before"
-        ) from None
-
-
-def _committed(folders: Sequence[Folder]) -> list[Folder]:
-    """The committed checkpoints, by step and token."""
-    ending = f"/{COMMITTED}"
-    found = [
-        (entry.key.removesuffix(ending), folder)
-        for folder in folders
-        for entry in folder.list(f"{FOLDER}/")
-        if entry.key.endswith(ending)
-    ]
-    return [folder.sub(key) for key, folder in sorted(found, key=lambda one: one[0])]
+        found = Checkpoint(folder)
+        found.check(rank, world)
+    except Damaged as damaged:
+        return None, str(damaged)
+    except FileNotFoundError as gone:
+        return None, str(gone)
+    return found, None

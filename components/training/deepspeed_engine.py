@@ -14,7 +14,8 @@ import torch
 from torch import distributed, nn
 
 from llava.data.collate import PackedRow
-from llava.training.engine import AdamW, TrainingState, set_rate, trainable
+from llava.training.checkpoint import PARTS, Fragment, SavedState
+from llava.training.engine import AdamW, on_host, set_rate, trainable
 
 
 def prepare_environment(device: str) -> None:
@@ -68,32 +69,54 @@ class DeepSpeedEngine:
             self._link_states()
         return float(self._ds.get_global_grad_norm())
 
-    def state(self) -> TrainingState | None:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+    @property
+    def updates(self) -> int:
+        return self._updates
 
-        state = TrainingState(self._updates)
-        for name, parameter in self.named.items():
-            parts = {
-                "weights": safe_get_full_fp32_param(parameter),
-                "exp_avg": safe_get_full_optimizer_state(parameter, "exp_avg"),
-                "exp_avg_sq": safe_get_full_optimizer_state(parameter, "exp_avg_sq"),
-            }
-            if self.rank == 0:
-                for part, value in parts.items():
-                    getattr(state, part)[name] = value.detach().reshape(shape_of(parameter)).cpu().clone()
-        return state if self.rank == 0 else None
+    def fragments(self) -> list[Fragment]:
+        found = [self._held(name, parameter) for name, parameter in self.named.items()]
+        return [each for each in found if each is not None]
 
-    def restore(self, state: TrainingState) -> None:
+    def restore(self, saved: SavedState) -> None:
         # ZeRO-2 has no optimizer state before a first step: take one that changes nothing.
         self.backward(self.loss(self._blank.to(self.device)), 1, last=True)
         self.step(0.0)
-        self._updates = state.update
+        self._updates = saved.update
         with torch.no_grad():
             for name, parameter in self.named.items():
-                self._set(parameter, state.weights[name], state.exp_avg[name], state.exp_avg_sq[name])
+                (self._set_partition if self._zero3 else self._set_fragment)(name, parameter, saved)
+            self._tell_the_module()
         for kept in self._ds.optimizer.optimizer.state.values():
             if "step" in kept:
-                kept["step"] = torch.full_like(torch.as_tensor(kept["step"]), float(state.update))
+                kept["step"] = torch.full_like(torch.as_tensor(kept["step"]), float(saved.update))
+
+    def _held(self, name: str, parameter: Any) -> Fragment | None:
+        """What this rank holds of a parameter."""
+        from deepspeed import utils as access
+
+        if self._zero3:
+            start, count = self._place(parameter)
+            if not count:
+                return None
+            parts = {
+                "weights": access.safe_get_local_fp32_param(parameter),
+                "exp_avg": access.safe_get_local_optimizer_state(parameter, "exp_avg"),
+                "exp_avg_sq": access.safe_get_local_optimizer_state(parameter, "exp_avg_sq"),
+            }
+            # What is over the end only fills up.
+            return Fragment(name, start, {part: on_host(value[:count]) for part, value in parts.items()})
+        # The accessors for whole parameters add up what all ranks hold; the piece of this rank is its mapping's.
+        if (mapping := parameter._hp_mapping) is None:
+            return None
+        parts = {part: mapping.get_hp_fragment(_KEYS[part]) for part in PARTS}
+        start = mapping.lp_fragment_address.start
+        return Fragment(name, start, {part: on_host(value) for part, value in parts.items()})
+
+    def _place(self, parameter: Any) -> tuple[int, int]:
+        """First element and number of elements of this rank's partition in ZeRO-3."""
+        size, whole = parameter.ds_tensor.numel(), parameter.ds_numel
+        start = min(size * self.rank, whole)
+        return start, min(size, whole - start)
 
     def _link_states(self) -> None:
         # ZeRO-1 and 2 look for the optimizer's state once, when the first parameter group was updated and the
@@ -103,38 +126,44 @@ class DeepSpeedEngine:
         zero._lazy_init_hp_params_optimizer_state()
         self._linked = True
 
-    def _set(
-        self, parameter: nn.Parameter, weight: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor
-    ) -> None:
+    def _set_partition(self, name: str, parameter: Any, saved: SavedState) -> None:
         from deepspeed import utils as access
 
-        partitioned: Any = parameter
-        if self._zero3:
+        start, count = self._place(parameter)
+        for part, key in _KEYS.items():
             # The setters for whole tensors fail where the size is not divisible by the world size.
-            mine = self._partition(parameter, weight)
-            access.safe_set_local_fp32_param(parameter, mine)
-            access.safe_set_local_optimizer_state(parameter, self._partition(parameter, exp_avg), "exp_avg")
-            access.safe_set_local_optimizer_state(
-                parameter, self._partition(parameter, exp_avg_sq), "exp_avg_sq"
-            )
-            partitioned.ds_tensor.data.copy_(mine)
-            if parameter.data.numel() == weight.numel():
-                # A small parameter stays gathered between steps; its partition alone would not be seen.
-                parameter.data.copy_(weight)
-        else:
-            access.safe_set_full_fp32_param(parameter, weight.to(self.device))
-            access.safe_set_full_optimizer_state(parameter, exp_avg.to(self.device), "exp_avg")
-            access.safe_set_full_optimizer_state(parameter, exp_avg_sq.to(self.device), "exp_avg_sq")
-            # The setters leave the module's own copy as it was.
-            parameter.data.copy_(weight)
+            mine = torch.zeros(parameter.ds_tensor.numel(), device=self.device)
+            mine[:count] = saved.read(part, name, start, start + count)
+            if key is None:
+                access.safe_set_local_fp32_param(parameter, mine)
+                parameter.ds_tensor.data.copy_(mine)
+            else:
+                access.safe_set_local_optimizer_state(parameter, mine, key)
 
-    def _partition(self, parameter: Any, whole: torch.Tensor) -> torch.Tensor:
-        size = parameter.ds_tensor.numel()
-        padded = torch.zeros(size * self.world, dtype=whole.dtype)
-        padded[: whole.numel()] = whole.flatten()
-        return padded.narrow(0, size * self.rank, size).to(self.device)
+    def _set_fragment(self, name: str, parameter: Any, saved: SavedState) -> None:
+        if (mapping := parameter._hp_mapping) is not None:
+            start, count = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+            for part, key in _KEYS.items():
+                mapping.get_hp_fragment(key).copy_(saved.read(part, name, start, start + count))
+
+    def _tell_the_module(self) -> None:
+        """The setters leave the module's own copies as they were."""
+        zero = self._ds.optimizer
+        if not self._zero3:
+            zero.update_lp_params()
+        elif kept := zero.persistent_parameters:
+            # Small parameters stay gathered between steps; their partitions alone would not be seen.
+            kept[0].partition(kept)
+            kept[0].all_gather(kept)
 
 
-def shape_of(parameter: nn.Parameter) -> torch.Size:
-    """The whole parameter's shape; ZeRO-3 leaves an empty tensor in its place."""
-    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+_KEYS: dict[str, str | None] = {"weights": None, "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+"""What DeepSpeed calls `PARTS`."""
+
+
+def partition(module: nn.Module, config: dict[str, Any]) -> None:
+    """Cut the parameters of `module` that ZeRO-3 has not cut yet, one after the other: none is whole on a device before
+    the next one comes. All ranks call it."""
+    import deepspeed
+
+    deepspeed.zero.Init(module=module, config_dict_or_path=config)

@@ -1,32 +1,30 @@
 """One training run on one rank: go on from the newest checkpoint, let the observers see each step, write the model."""
 
+import contextlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from ray.train import get_context
-from torch import distributed, nn
 
-from components.contract import Folder, TrackedRun
-from components.training import checkpoints
-from components.training.data import MODEL
+from components.contract import TrackedRun
+from components.training.checkpoints import Checkpoint, newest_whole
+from components.training.model_files import ModelFiles
 from components.training.observers.base import Observer, RunState
 from components.training.observers.heldout import HeldOutLoss
 from components.training.observers.metrics import Metrics
 from components.training.observers.profile import Profile
 from components.training.observers.record import Record
-from components.training.observers.saving import Saving
+from components.training.observers.saving import Saving, samples_of
 from components.training.observers.show import Show
 from components.training.observers.spikes import Spikes
 from components.training.observers.stopping import Stopping
 from components.training.record import HISTORY, SAMPLES, Entry, MetricSender
 from components.training.utilisation import Utilisation
-from llava import lora
-from llava import model as models
 from llava.data.jsonl import from_jsonl, to_jsonl
-from llava.training import checkpoint as files
-from llava.training.loop import StepReport
+from llava.learned import Learned
+from llava.training.loop import StepReport, gathered
 
 
 class Run:
@@ -37,17 +35,22 @@ class Run:
         self.state, self.identity, self.observers = state, identity, observers
 
     def resume(self) -> int:
-        """Continue from the newest committed checkpoint; returns the steps done."""
+        """Continue from the newest checkpoint that is whole; returns the steps done."""
         state, step = self.state, 0
-        found = self._agree(lambda: checkpoints.newest([state.task.folder, *state.task.earlier]))
+        if state.chief:
+            state.place.clean()
+        found = newest_whole(
+            state.place, self._gathered, state.engine.rank, state.engine.world, state.client.note
+        )
         if found is not None:
-            first = get_context().get_local_rank() == 0
-            with checkpoints.fetched(found, first, self._barrier) as local:
-                saved, position = files.read(local, self.identity)
+            position = found.position(self.identity)
+            with contextlib.closing(found.state(position)) as saved:
                 state.engine.restore(saved)
-                state.history[:] = from_jsonl((local / HISTORY).read_bytes())
-                state.samples[:] = from_jsonl((local / SAMPLES).read_bytes())
+            state.history[:] = from_jsonl(found.folder.read(HISTORY))
+            if state.chief:
+                state.samples[:] = samples_of(found)
             step = position.step
+            state.checkpoint = found.folder
         for one in self.observers:
             one.resumed(step)
         return step
@@ -71,21 +74,34 @@ class Run:
         return self.state.stopped
 
     def finish(self, source: Path) -> None:
-        """Write the model and the record. `source`: the folder of the model that training began with."""
+        """Write the model and the record. `source`: the folder of the model that training began with.
+
+        The model is made of the checkpoint after the last step, by all ranks, each some of its files. A group that
+        starts again after a failure here trains nothing: it goes on with the files that are not there yet.
+        """
         for one in self.observers:
             one.finished()
-        state = self.state
-        trained = state.engine.state()
-        if not state.chief or trained is None:
+        state, settings = self.state, self.state.task.settings
+        # Rank 0 has committed it when it comes here.
+        self._gathered(None)
+        assert state.checkpoint is not None
+        last = Checkpoint(state.checkpoint)
+        with contextlib.closing(last.state(last.position(self.identity))) as saved:
+            learned = Learned(
+                source,
+                saved.names,
+                partial(saved.whole, "weights"),
+                torch.bfloat16 if settings.precision == "bf16" else torch.float32,
+                settings.adapters() if state.task.training == "lora" else None,
+            )
+            model = ModelFiles(state.task.folder, state.task.guard, last.folder, state.scratch)
+            for file in learned.files[state.engine.rank :: state.engine.world]:
+                model.store(file.name, partial(learned.write, file))
+        self._gathered(None)
+        if not state.chief:
             return
-        weights = trained.weights
-        del trained
-        target = state.scratch / MODEL
-        _write_model(source, weights, state, target)
-        state.task.guard.check()
-        for path in sorted(target.iterdir()):
-            state.task.folder.upload(path, f"{MODEL}/{path.name}")
-        state.task.folder.write(SAMPLES, to_jsonl(state.samples))
+        model.store_rest(partial(learned.write_rest, fit=settings.image_fit, template=settings.template))
+        state.task.folder.write(SAMPLES, to_jsonl(samples_of(last)))
         # Last: who finds the history finds all.
         state.task.folder.write(HISTORY, to_jsonl(state.history))
 
@@ -94,17 +110,9 @@ class Run:
         for one in self.observers:
             one.close()
 
-    def _barrier(self) -> None:
-        if self.state.engine.world > 1:
-            distributed.barrier()
-
-    def _agree(self, choose: Callable[[], Folder | None]) -> Folder | None:
-        """What rank 0 finds, on every rank: a listing may change between two looks."""
-        if self.state.engine.world == 1:
-            return choose()
-        box = [choose() if self.state.chief else None]
-        distributed.broadcast_object_list(box, src=0)
-        return box[0]
+    def _gathered(self, value: Any) -> list[Any]:
+        """`value` of every rank, when all have come here."""
+        return gathered(self.state.engine, value)
 
 
 def observers_of(
@@ -122,21 +130,3 @@ def observers_of(
     if state.task.settings.profile:
         found.append(Profile(state))
     return [*found, Stopping(state), Saving(state, identity)]
-
-
-def _write_model(source: Path, weights: dict[str, torch.Tensor], state: RunState, target: Path) -> None:
-    """The stock folder with what was learned, adapters merged, in the precision of training."""
-    settings = state.task.settings
-    stock = models.load(source, torch.float32)
-    if settings.lora:
-        lora.inject(stock, settings.adapters(), settings.seed)
-    own = dict(stock.named_parameters())
-    with torch.no_grad():
-        for name, weight in weights.items():
-            own[name].copy_(weight)
-    if settings.lora:
-        lora.merge(stock)
-    if settings.precision == "bf16":
-        module: nn.Module = stock
-        module.to(dtype=torch.bfloat16)
-    models.save(stock, models.load_processor(source, settings.image_fit), target, settings.template)

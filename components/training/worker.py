@@ -5,14 +5,15 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
-from torch import nn
 
 from components.contract import StoreError
 from components.training.board import ProgressClient
+from components.training.checkpoints import Place
 from components.training.data import HELD_OUT_INDEX, INDEX, MODEL, open_all, source_of
-from components.training.deepspeed_engine import DeepSpeedEngine, prepare_environment
+from components.training.deepspeed_engine import DeepSpeedEngine, partition, prepare_environment
 from components.training.observers.base import RunState
 from components.training.run import Run, observers_of
 from components.training.settings import TrainSettings
@@ -26,11 +27,12 @@ from llava.data.images import BadImage
 from llava.data.plan import BatchPlan, SampleIndex
 from llava.errors import LlavaError
 from llava.pixels import Pixels
+from llava.placing import place
 from llava.training import memory
-from llava.training.checkpoint import frozen_digest
+from llava.training.checkpoint import FrozenDigest
 from llava.training.engine import AdamW, Engine, PlainEngine
 from llava.training.heldout import heldout_loss
-from llava.training.loop import Schedule, train
+from llava.training.loop import Schedule, gathered, train
 
 
 def work(task: Task) -> None:
@@ -53,7 +55,15 @@ def _work(task: Task) -> None:
     settings = task.settings
     with tempfile.TemporaryDirectory(prefix="llava-worker-") as scratch:
         setup = _Setup(task, Path(scratch))
-        state = RunState(task, setup.engine, setup.plan, Path(scratch), ProgressClient(task.progress_actor))
+        state = RunState(
+            task,
+            setup.engine,
+            setup.plan,
+            Path(scratch),
+            ProgressClient(task.progress_actor),
+            Place(task.folder, task.guard, settings.keep_checkpoints, task.earlier),
+            gathered(setup.engine, uuid4().hex[:8])[0],
+        )
         observers = observers_of(state, setup.identity, setup.utilisation, setup.heldout)
         run = Run(state, setup.identity, observers)
         try:
@@ -82,14 +92,15 @@ class _Setup:
         prepare_environment(device.type)
         dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
         self.source = task.model.local(MODEL)
-        stock = models.load(self.source, dtype)
-        module: nn.Module = stock
-        module.to(device=device)
+        # As it is stored, the system maps it: one copy for all ranks of a node, and none that is theirs.
+        stock = models.load(self.source, models.dtype_of(models.load_config(self.source)))
         processor = models.load_processor(self.source, settings.image_fit)
         models.set_trainable(stock, list(task.parts))
         if task.training == "lora":
             lora.inject(stock, settings.adapters(), settings.seed)
-            module.to(device=device, dtype=dtype)
+        cost, frozen = models.image_cost(stock), FrozenDigest()
+        cut = partial(partition, config=task.deepspeed) if settings.zero_stage == 3 else None
+        place(stock, device, dtype, frozen.add, cut)
         pixels = Pixels(processor.image_processor)
         encoder = self._encoder(processor, stock.config)
         task.folder.download(INDEX, scratch / INDEX)
@@ -101,14 +112,14 @@ class _Setup:
             settings.epochs,
             settings.global_batch,
             rows.weights,
-            models.image_cost(stock),
+            cost,
         )
         budget = settings.layout.tokens_per_row
         self.collator = Collator(rows, task.view, encoder, pixels, self.plan, budget)
         self.utilisation = utilisation(stock.config, task.training, settings.lora_rank, device)
         self.identity = {
             "model": task.model.digest,
-            "frozen": frozen_digest(stock),
+            "frozen": frozen.hexdigest(),
             "dataset": task.dataset.digest,
             "samples": len(index),
             "steps": self.plan.steps,

@@ -1,24 +1,14 @@
 """What the loop needs of whatever computes gradients and updates: plain torch here, DeepSpeed in components."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import distributed, nn
 
 from llava.data.collate import PackedRow
-
-
-@dataclass
-class TrainingState:
-    """Everything that an optimizer knows, per trainable parameter, whole and in fp32, whatever the world size."""
-
-    update: int
-    """Updates made so far."""
-    weights: dict[str, torch.Tensor] = field(default_factory=dict)
-    exp_avg: dict[str, torch.Tensor] = field(default_factory=dict)
-    exp_avg_sq: dict[str, torch.Tensor] = field(default_factory=dict)
+from llava.training.checkpoint import PARTS, Fragment, SavedState
 
 
 class Engine(Protocol):
@@ -40,12 +30,20 @@ class Engine(Protocol):
         """Update the weights; returns the norm of the gradient over all ranks before clipping."""
         ...
 
-    def state(self) -> TrainingState | None:
-        """The state, gathered on rank 0 (None elsewhere). All ranks call it."""
+    @property
+    def updates(self) -> int:
+        """Updates made so far."""
         ...
 
-    def restore(self, state: TrainingState) -> None:
-        """Continue from `state`, which every rank gives whole."""
+    def fragments(self) -> list[Fragment]:
+        """This rank's share of the state, copied to the host. Together the shares hold each element once.
+
+        Ranks need not call it at the same time: nothing is gathered.
+        """
+        ...
+
+    def restore(self, saved: SavedState) -> None:
+        """Continue from `saved`, of which each rank reads what it holds. All ranks call it."""
         ...
 
 
@@ -82,7 +80,9 @@ class AdamW:
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
     """Whether weight decay takes the parameter: a matrix does, a bias or a norm's weight does not."""
-    return parameter.ndim > 1 and not name.endswith("bias")
+    # ZeRO-3 leaves an empty tensor in the place of one that it has cut.
+    shape = getattr(parameter, "ds_shape", parameter.shape)
+    return len(shape) > 1 and not name.endswith("bias")
 
 
 def set_rate(groups: list[dict[str, Any]], learning_rate: float) -> None:
@@ -137,26 +137,38 @@ class PlainEngine:
         self.updates += 1
         return float(norm)
 
-    def state(self) -> TrainingState | None:
-        if self.rank:
-            return None
-        state = TrainingState(self.updates)
+    def fragments(self) -> list[Fragment]:
+        total = sum(parameter.numel() for parameter in self.named.values())
+        first, last = (total * number // self.world for number in (self.rank, self.rank + 1))
+        found, begin = [], 0
         for name, parameter in self.named.items():
-            kept = self.optimizer.state[parameter]
-            state.weights[name] = parameter.detach().float().cpu().clone()
-            if kept:
-                state.exp_avg[name] = kept["exp_avg"].float().cpu().clone()
-                state.exp_avg_sq[name] = kept["exp_avg_sq"].float().cpu().clone()
-        return state
+            start, stop = max(first - begin, 0), min(last - begin, parameter.numel())
+            if start < stop:
+                kept = self.optimizer.state[parameter]
+                tensors = {"weights": parameter, "exp_avg": kept["exp_avg"], "exp_avg_sq": kept["exp_avg_sq"]}
+                found.append(
+                    Fragment(
+                        name,
+                        start,
+                        {part: on_host(value.flatten()[start:stop]) for part, value in tensors.items()},
+                    )
+                )
+            begin += parameter.numel()
+        return found
 
     @torch.no_grad()
-    def restore(self, state: TrainingState) -> None:
-        self.updates = state.update
+    def restore(self, saved: SavedState) -> None:
+        self.updates = saved.update
         for name, parameter in self.named.items():
-            parameter.copy_(state.weights[name])
-            if name in state.exp_avg:
-                self.optimizer.state[parameter] = {
-                    "step": torch.tensor(float(state.update), device=parameter.device),
-                    "exp_avg": state.exp_avg[name].to(parameter),
-                    "exp_avg_sq": state.exp_avg_sq[name].to(parameter),
-                }
+            whole = {part: saved.whole(part, name, parameter.shape) for part in PARTS}
+            parameter.copy_(whole["weights"])
+            self.optimizer.state[parameter] = {
+                "step": torch.tensor(float(saved.update), device=parameter.device),
+                "exp_avg": whole["exp_avg"].to(parameter),
+                "exp_avg_sq": whole["exp_avg_sq"].to(parameter),
+            }
+
+
+def on_host(value: torch.Tensor) -> torch.Tensor:
+    """A copy in fp32 that later updates leave alone."""
+    return value.detach().to("cpu", torch.float32, copy=True)

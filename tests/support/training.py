@@ -1,14 +1,19 @@
 """Training on real processes without Ray: a tiny world, and a group of ranks that trains on it."""
 
+import json
+import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from pyarrow import fs
 
 from llava import lora
+from llava.placing import place
 from llava.training import checkpoint, memory
 from llava.training.engine import AdamW, Engine, PlainEngine
-from llava.training.loop import Schedule, StepReport, train
+from llava.training.loop import Schedule, StepReport, gathered, train
 from tests.support.mixed_batches import TrainingParts, pieces, write_mixed
 from tests.support.process_group import run_group
 from tests.support.tiny_llava import tiny_llava
@@ -31,10 +36,14 @@ def _engine(made: TrainingParts, task: dict[str, Any]) -> Engine:
     if not task["zero"]:
         return PlainEngine(made.module, adamw, gradient_clipping=1.0)
     from components.training.deepspeed_config import deepspeed_config
-    from components.training.deepspeed_engine import DeepSpeedEngine, prepare_environment
+    from components.training.deepspeed_engine import DeepSpeedEngine, partition, prepare_environment
 
     prepare_environment("cpu")
-    config = deepspeed_config(task["zero"], 1.0, bf16=False)
+    config = deepspeed_config(task["zero"], 1.0, bf16=bool(task.get("bf16")))
+    if task.get("placed"):
+        dtype = torch.bfloat16 if task.get("bf16") else torch.float32
+        cut = partial(partition, config=config) if task["zero"] == 3 else None
+        place(made.stock, torch.device("cpu"), dtype, lambda name, value: None, cut)
     return DeepSpeedEngine(made.module, adamw, config, made.collator.blank_row())
 
 
@@ -45,8 +54,8 @@ def _train(where: Where, task: dict[str, Any]) -> Any:
     engine = _engine(made, task)
     first = 0
     if resume := task.get("resume"):
-        state, position = checkpoint.read(resume, identity)
-        engine.restore(state)
+        position, saved = opened(resume, identity)
+        engine.restore(saved)
         first = position.step
     losses: list[float] = []
 
@@ -55,18 +64,46 @@ def _train(where: Where, task: dict[str, Any]) -> Any:
         return report.step == task.get("stop_at")
 
     done = train(engine, made.collator, Schedule(STEPS, 1e-2, 0.1), first, after)
-    state = engine.state()
-    if state is None:
-        return None
-    if "save" in task:
-        checkpoint.write(task["save"], state, checkpoint.Position(done, identity))
-    return losses, torch.cat([value.flatten() for _, value in sorted(state.weights.items())]).numpy()
+    with tempfile.TemporaryDirectory() as own:
+        folder = gathered(engine, task.get("save", Path(own)))[0]
+        save(folder, engine, checkpoint.Position(done, identity, engine.updates))
+        gathered(engine, None)
+        _, saved = opened(folder, identity)
+        whole = [saved.whole("weights", name, shape_of(each)) for name, each in sorted(engine.named.items())]
+        gathered(engine, None)
+    return losses, torch.cat([value.flatten() for value in whole]).numpy()
+
+
+def shape_of(parameter: Any) -> torch.Size:
+    """The whole parameter's; ZeRO-3 leaves an empty tensor in its place."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def save(folder: Path, engine: Engine, position: checkpoint.Position) -> None:
+    """A rank's share of a checkpoint; the first says where it stands."""
+    share = checkpoint.write_share(folder, engine.rank, engine.world, engine.fragments())
+    (folder / f"share-{engine.rank:05d}.json").write_text(json.dumps(share.as_json()))
+    if engine.rank == 0:
+        (folder / checkpoint.STATE).write_bytes(checkpoint.position_json(position))
+
+
+def opened(folder: Path, identity: dict[str, Any]) -> tuple[checkpoint.Position, checkpoint.SavedState]:
+    """What `save` wrote on all ranks."""
+    position = checkpoint.position_of((folder / checkpoint.STATE).read_bytes(), identity, str(folder))
+    shares = [
+        checkpoint.Share.from_json(json.loads(path.read_text())) for path in sorted(folder.glob("share-*"))
+    ]
+    local = fs.LocalFileSystem()
+    return position, checkpoint.SavedState(
+        str(folder), position.update, shares, lambda name: local.open_input_file(str(folder / name))
+    )
 
 
 def train_group(where: Where, workers: int, **task: Any) -> tuple[list[float], torch.Tensor]:
     """Losses and weights of a run on `workers` real processes.
 
-    `task`: stage, tokens_per_row, zero (0: plain torch), lora, checkpointing, fused, scales, stop_at, save, resume.
+    `task`: stage, tokens_per_row, zero (0: plain torch), lora, checkpointing, fused, scales, stop_at, save, resume,
+    bf16, placed (on its device as a worker places it, which is cut at once in ZeRO-3).
     """
     task = {"stage": 2, "tokens_per_row": 1000, "zero": 0, **task}
     if workers == 1 and not task["zero"]:

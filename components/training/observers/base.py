@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from components.contract import Folder
 from components.training.board import ProgressClient
+from components.training.checkpoints import Place
 from components.training.record import Entry
 from components.training.task import Task
 from llava.data.plan import BatchPlan
@@ -24,10 +26,16 @@ class RunState:
     scratch: Path
     """An empty local folder, gone when the run ends."""
     client: ProgressClient
+    place: Place
+    """Where checkpoints lie."""
+    start: str
+    """Names this start of the worker group, the same on all ranks."""
+    checkpoint: Folder | None = None
+    """The newest checkpoint, made or gone on from."""
     history: list[Entry] = field(default_factory=list)
     """A line per step, from the first step of the artifact on."""
     samples: list[dict[str, Any]] = field(default_factory=list)
-    """The ids of each step whose ranks have told theirs."""
+    """On rank 0: the ids of each step that an earlier group has made."""
     stopped: bool = False
     """Whether the run leaves after this step, with a checkpoint."""
 

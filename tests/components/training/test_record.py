@@ -1,13 +1,8 @@
-"""What a run leaves behind: metrics once, checkpoints whole, figures only where they are known."""
-
-import threading
-from collections.abc import Iterator
-from pathlib import Path
+"""What a run leaves behind: metrics once, figures only where they are known."""
 
 import pytest
 
-from components.contract import Folder, Lease, LeaseLost, StoreError, Tracking, acquire, open_store
-from components.training import checkpoints
+from components.contract import Tracking
 from components.training.record import Entry, MetricLog
 from components.training.utilisation import Utilisation, peak_tflops
 from llava.sizes import CLIP_L14_336, VICUNA_7B, Sizes
@@ -53,69 +48,6 @@ def test_metrics_wait_while_mlflow_is_away(mlflow_db: str, monkeypatch: pytest.M
     run.uri = away
     log.send(history(1, 4, at=1000.0))
     assert run.steps("train/loss") == {1, 2, 3, 4}
-
-
-@pytest.fixture
-def held(tmp_path: Path) -> Iterator[tuple[Folder, Lease]]:
-    folder = open_store(tmp_path / "root").sub("finetune/0123")
-    with acquire(folder) as lease:
-        yield folder, lease
-
-
-def test_training_goes_on_while_a_checkpoint_is_stored_and_the_next_one_waits(
-    held: tuple[Folder, Lease], tmp_path: Path
-) -> None:
-    folder, lease = held
-    saver = checkpoints.Saver(folder, lease.guard, 2, tmp_path)
-    slow = threading.Event()
-
-    def write(local: Path) -> None:
-        slow.wait(30)
-        (local / "state.json").write_text("{}")
-
-    saver.save(1, write)
-    assert checkpoints.newest([folder]) is None
-    threading.Timer(0.2, slow.set).start()
-    for step in (2, 3, 4):
-        saver.save(step, write)
-        assert checkpoints.newest([folder]) == folder.sub(f"checkpoints/{step - 1:09d}-{lease.token:06d}")
-    saver.wait()
-    left = {entry.key.split("/")[1] for entry in folder.list("checkpoints/")}
-    assert left == {f"{step:09d}-{lease.token:06d}" for step in (3, 4)}
-    saver.close()
-
-
-def test_what_went_wrong_with_a_checkpoint_comes_out_at_the_next(
-    held: tuple[Folder, Lease], tmp_path: Path
-) -> None:
-    folder, lease = held
-
-    def full(local: Path) -> None:
-        raise StoreError("no space left")
-
-    saver = checkpoints.Saver(folder, lease.guard, 2, tmp_path)
-    saver.save(1, full)
-    with pytest.raises(StoreError, match="no space left"):
-        saver.save(2, full)
-    assert checkpoints.newest([folder]) is None
-    saver.close()
-
-
-def test_a_run_that_lost_its_artifact_commits_no_checkpoint(
-    held: tuple[Folder, Lease], tmp_path: Path
-) -> None:
-    folder, lease = held
-    saver = checkpoints.Saver(folder, lease.guard, 2, tmp_path)
-
-    def write(local: Path) -> None:
-        (local / "state.json").write_text("{}")
-        lease.release()
-
-    saver.save(1, write)
-    with pytest.raises(LeaseLost):
-        saver.wait()
-    assert checkpoints.newest([folder]) is None
-    saver.close()
 
 
 def test_mfu_counts_six_operations_per_weight_and_token_where_the_language_model_learns() -> None:

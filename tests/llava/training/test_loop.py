@@ -13,7 +13,7 @@ from llava.training.engine import AdamW, PlainEngine
 from llava.training.guards import SpikeGuard
 from llava.training.loop import Schedule, train
 from tests.support.mixed_batches import pieces
-from tests.support.training import make_world, train_group
+from tests.support.training import make_world, opened, train_group
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_a_resumed_run_ends_with_the_very_same_weights(world: tuple[Path, Path],
 def test_a_checkpoint_of_another_run_is_refused(world: tuple[Path, Path], tmp_path: Path) -> None:
     train_group(world, 1, stop_at=2, save=tmp_path / "checkpoint")
     with pytest.raises(LlavaError, match="seed differ"):
-        checkpoint.read(tmp_path / "checkpoint", {"seed": 4})
+        opened(tmp_path / "checkpoint", {"seed": 4})
 
 
 def test_a_checkpoint_is_refused_where_what_is_frozen_is_not_the_same(
@@ -55,11 +55,11 @@ def test_a_checkpoint_is_refused_where_what_is_frozen_is_not_the_same(
 
 def test_a_checkpoint_holds_what_trains_and_no_pickle(world: tuple[Path, Path], tmp_path: Path) -> None:
     train_group(world, 1, stage=1, stop_at=2, save=tmp_path / "checkpoint")
-    parts = ("exp_avg", "exp_avg_sq", "weights")
     files = {path.name for path in (tmp_path / "checkpoint").iterdir()}
-    assert files == {"state.json", *(f"{part}.safetensors" for part in parts)}
-    for part in parts:
-        held = load_file(tmp_path / "checkpoint" / f"{part}.safetensors")
+    tensors = {checkpoint.file_of(part, 0, 1) for part in checkpoint.PARTS}
+    assert files == {"state.json", "share-00000.json", *tensors}
+    for file in tensors:
+        held = load_file(tmp_path / "checkpoint" / file)
         assert len(held) == 4
         assert all("multi_modal_projector" in name for name in held)
 
@@ -78,9 +78,10 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_samples_of_every_r
     world: tuple[Path, Path], tmp_path: Path, workers: int
 ) -> None:
     train_group(world, 1, stop_at=1, save=tmp_path / "checkpoint")
-    weights = load_file(tmp_path / "checkpoint" / "weights.safetensors")
+    file = tmp_path / "checkpoint" / checkpoint.file_of("weights", 0, 1)
+    weights = load_file(file)
     weights["model.multi_modal_projector.linear_1.weight"].fill_(float("nan"))
-    save_file(weights, tmp_path / "checkpoint" / "weights.safetensors")
+    save_file(weights, file)
     with pytest.raises(LlavaError, match=r"step 2: .* is no number") as stopped:
         train_group(world, workers, resume=tmp_path / "checkpoint")
     made = pieces(*world, stage=2, tokens_per_row=1000)

@@ -1,0 +1,243 @@
+"""Checkpoints: whole or not there, of all ranks or of none, and never gone on from when a bit of them changed."""
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from components.contract import Folder, Lease, LeaseLost, acquire, open_store
+from components.training import checkpoints
+from components.training.checkpoints import COMMITTED, Checkpoint, Place, Saver, newest_whole
+from llava.errors import LlavaError
+from llava.training import checkpoint as files
+from llava.training.checkpoint import PARTS, Fragment
+
+NAME = "model.multi_modal_projector.linear_1.weight"
+
+
+@pytest.fixture(params=["folder", "s3"])
+def held(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Folder, Lease]]:
+    root = tmp_path / "root" if request.param == "folder" else request.getfixturevalue("s3_root")
+    folder = open_store(root).sub("finetune/0123")
+    with acquire(folder) as lease:
+        yield folder, lease
+
+
+def place_of(held: tuple[Folder, Lease], keep: int = 2) -> Place:
+    return Place(held[0], held[1].guard, keep)
+
+
+def fragment(start: int, count: int) -> Fragment:
+    values = torch.arange(start, start + count, dtype=torch.float32)
+    return Fragment(NAME, start, {part: values + number * 1000 for number, part in enumerate(PARTS)})
+
+
+def alone(value: Any) -> list[Any]:
+    return [value]
+
+
+def save(saver: Saver, step: int, more: dict[str, bytes] | None = None) -> Folder:
+    position = files.position_json(files.Position(step, {"seed": 1}, step))
+    return saver.save(step, [fragment(0, 10)], {files.STATE: position} | (more or {}))
+
+
+def saver_of(place: Place, tmp_path: Path, start: str = "aaaaaaaa", rank: int = 0, world: int = 1) -> Saver:
+    return Saver(place, rank, world, start, tmp_path)
+
+
+def committed(place: Place) -> list[int]:
+    return [int(folder.uri.rsplit("/", 1)[1][:9]) for folder in place.newest_first()]
+
+
+def flip(folder: Folder, key: str) -> None:
+    """Change two bits in the middle of a file, and nothing else about it."""
+    data = bytearray(folder.read(key))
+    data[len(data) // 2] ^= 1
+    data[-3] ^= 64
+    folder.write(key, bytes(data))
+
+
+def test_a_checkpoint_is_committed_when_every_rank_has_stored_its_share(
+    held: tuple[Folder, Lease], tmp_path: Path
+) -> None:
+    place = place_of(held)
+    first, second = (saver_of(place, tmp_path, rank=rank, world=2) for rank in (0, 1))
+    position = {files.STATE: files.position_json(files.Position(1, {"seed": 1}, 1))}
+    first.save(1, [fragment(0, 6)], position)
+    with pytest.raises(TimeoutError):
+        first._pending.result(timeout=0.5)  # type: ignore[union-attr]
+    assert committed(place) == []
+    second.save(1, [fragment(6, 4)], {"ids-00001.jsonl": b"{}\n"})
+    for saver in (second, first):
+        saver.wait()
+        saver.close()
+    assert committed(place) == [1]
+    found = Checkpoint(place.newest_first()[0])
+    state = found.state(found.position({"seed": 1}))
+    for number, part in enumerate(PARTS):
+        assert state.read(part, NAME, 4, 8).tolist() == [number * 1000 + each for each in (4, 5, 6, 7)]
+        assert torch.equal(
+            state.whole(part, NAME, torch.Size([2, 5])).flatten(), torch.arange(10.0) + number * 1000
+        )
+    state.close()
+    assert {name.partition("-")[0] for name in found.files} == {*PARTS, "ids", "state.json"}
+
+
+def test_the_newest_are_kept_and_training_goes_on_while_one_is_stored(
+    held: tuple[Folder, Lease], tmp_path: Path
+) -> None:
+    place = place_of(held)
+    saver = saver_of(place, tmp_path)
+    slow = threading.Event()
+    slowly = saver._written
+    saver._written = lambda *given: slow.wait(30) and slowly(*given)  # type: ignore[method-assign, assignment, return-value]
+    save(saver, 1)
+    assert committed(place) == []
+    threading.Timer(0.2, slow.set).start()
+    for step in (2, 3, 4):
+        save(saver, step)
+        assert committed(place)[0] == step - 1
+    saver.wait()
+    assert committed(place) == [4, 3]
+    saver.close()
+
+
+@pytest.mark.parametrize("what", ["a tensor", "the record", "the marker", "a missing file", "a shorter file"])
+def test_a_damaged_checkpoint_is_told_of_and_the_one_before_is_taken(
+    held: tuple[Folder, Lease], tmp_path: Path, what: str
+) -> None:
+    place = place_of(held)
+    saver = saver_of(place, tmp_path)
+    folders = [save(saver, step, {"ids-00000.jsonl": b'{"step": 1}\n' * 9}) for step in (1, 2)]
+    saver.wait()
+    saver.close()
+    tensors = files.file_of("exp_avg", 0, 1)
+    if what == "a tensor":
+        flip(folders[1], tensors)
+    elif what == "the record":
+        flip(folders[1], "ids-00000.jsonl")
+    elif what == "the marker":
+        folders[1].write(COMMITTED, folders[1].read(COMMITTED)[:-20])
+    elif what == "a missing file":
+        folders[1].delete(tensors)
+    else:
+        folders[1].write(tensors, folders[1].read(tensors)[:-1])
+    told: list[str] = []
+    found = newest_whole(place, alone, 0, 1, told.append)
+    assert found is not None and found.folder == folders[0]
+    assert len(told) == 1 and "is damaged" in told[0] and told[0].endswith("going on from the one before")
+    assert folders[1].uri in told[0]
+    # It is out of the way, so that it counts for nothing and misleads nobody.
+    assert list(folders[1].list()) == []
+    flip(folders[0], tensors)
+    assert newest_whole(place, alone, 0, 1, told.append) is None
+    assert told[1].endswith("starting from the beginning")
+
+
+def test_a_marker_that_names_other_places_is_damaged(held: tuple[Folder, Lease], tmp_path: Path) -> None:
+    place = place_of(held)
+    saver = saver_of(place, tmp_path)
+    folder = save(saver, 1)
+    saver.wait()
+    saver.close()
+    for change in (
+        {"../../else": [1, "0"]},
+        {"/etc/passwd": [1, "0"]},
+        {"weights": [-1]},
+        {"weights": None},
+        [],
+    ):
+        marker = json.loads(folder.read(COMMITTED))
+        marker[0]["files"] = change
+        folder.write(COMMITTED, json.dumps(marker).encode())
+        with pytest.raises(checkpoints.Damaged):
+            Checkpoint(folder)
+
+
+def test_a_full_disk_leaves_nothing_of_the_checkpoint_and_says_so(tmp_path: Path) -> None:
+    folder = open_store(tmp_path / "root").sub("finetune/0123")
+    with acquire(folder) as lease:
+        place = Place(folder, lease.guard, 2)
+        saver = saver_of(place, tmp_path)
+        save(saver, 1)
+        saver.wait()
+        there = place.checkpoint(2, "aaaaaaaa")
+        assert there.local_path is not None
+        there.local_path.mkdir(parents=True)
+        # A device that is always full stands for the last file, when the tensors are written.
+        (there.local_path / files.STATE).symlink_to("/dev/full")
+        save(saver, 2)
+        with pytest.raises(LlavaError, match=r"No space left on device: make room, or .*keep_checkpoints"):
+            saver.wait()
+        assert not there.local_path.exists()
+        assert committed(place) == [1]
+        saver.close()
+
+
+def test_what_a_kill_left_unfinished_goes_when_the_next_group_starts(
+    held: tuple[Folder, Lease], tmp_path: Path
+) -> None:
+    place = place_of(held)
+    saver = saver_of(place, tmp_path, "aaaaaaaa")
+    save(saver, 1)
+    saver.wait()
+    saver.close()
+    half = place.checkpoint(2, "aaaaaaaa")
+    half.write(files.file_of("weights", 1, 2), b"half a share")
+    held[0].write("checkpoints/ray/state.json", b"not ours")
+    place.clean()
+    assert list(half.list()) == [] and committed(place) == [1]
+    assert held[0].read("checkpoints/ray/state.json") == b"not ours"
+
+
+def test_two_starts_of_a_group_never_write_into_one_checkpoint(
+    held: tuple[Folder, Lease], tmp_path: Path
+) -> None:
+    place = place_of(held)
+    before = saver_of(place, tmp_path, "bbbbbbbb", rank=1, world=2)
+    before.save(5, [fragment(0, 10)], {})
+    before.wait()
+    after = saver_of(place, tmp_path, "aaaaaaaa")
+    save(after, 5)
+    after.wait()
+    for saver in (before, after):
+        saver.close()
+    assert committed(place) == [5]
+    assert Checkpoint(place.newest_first()[0]).folder.uri.endswith("aaaaaaaa")
+
+
+def test_a_run_that_lost_its_artifact_commits_no_checkpoint(
+    held: tuple[Folder, Lease], tmp_path: Path
+) -> None:
+    _, lease = held
+    place = place_of(held)
+    saver = saver_of(place, tmp_path)
+    written = saver._written
+
+    def losing(*given: Any) -> Any:
+        found = written(*given)
+        lease.release()
+        return found
+
+    saver._written = losing  # type: ignore[method-assign]
+    save(saver, 1)
+    with pytest.raises(LeaseLost):
+        saver.wait()
+    assert committed(place) == []
+    saver.close()
+
+
+def test_who_waits_for_shares_that_never_come_ends_with_the_run(
+    held: tuple[Folder, Lease], tmp_path: Path
+) -> None:
+    place = place_of(held)
+    saver = saver_of(place, tmp_path, world=2)
+    save(saver, 1)
+    saver.close()
+    assert committed(place) == []
+    with pytest.raises(LlavaError, match="before all ranks had stored"):
+        saver.wait()
