@@ -30,7 +30,7 @@ class Finetune(TrainingStage):
     """Takes `model` and `dataset` (conversations), gives the LLaVA."""
 
     name: ClassVar[str] = "finetune"
-    version: ClassVar[str] = "3"
+    version: ClassVar[str] = "4"
     Settings = FinetuneSettings
     trains: ClassVar[tuple[str, ...]] = ("projector", "language_model")
     view: ClassVar[str] = "conversations"

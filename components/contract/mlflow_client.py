@@ -77,6 +77,8 @@ def impatient_client(uri: str) -> Any:
     if key not in _clients:
         if (database := database_path(uri)) is not None:
             database.parent.mkdir(parents=True, exist_ok=True)
+        # It tells each failure of its database at length, and raises it as well.
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
         from mlflow import MlflowClient
 
         for logger in ("mlflow", "alembic"):

@@ -55,12 +55,12 @@ class ProgressActor:
         """Whether they are asked to."""
         return self._stopping
 
-    def stopped(self, step: int) -> None:
-        """They have saved after `step` and left."""
+    def stopped(self, step: int | None) -> None:
+        """They have saved after `step` and compute no other; None: they are at work again."""
         self._stopped = step
 
     def stopped_after(self) -> int | None:
-        """The step after which they left early, or None."""
+        """The step after which they saved for the last time, or None."""
         return self._stopped
 
     def fail(self, message: str, status: int) -> None:
@@ -111,12 +111,12 @@ class ProgressClient:
         """Whether the workers are asked to."""
         return bool(self._ask(self._actor.stopping.remote()))
 
-    def stopped(self, step: int) -> None:
-        """The workers have saved after `step` and leave."""
+    def stopped(self, step: int | None) -> None:
+        """The workers have saved after `step` and compute no other; None: they are at work again."""
         self._ask(self._actor.stopped.remote(step))
 
     def stopped_after(self) -> int | None:
-        """The step after which the workers left early, or None."""
+        """The step after which the workers saved for the last time, or None."""
         step: int | None = self._ask(self._actor.stopped_after.remote())
         return step
 

@@ -65,6 +65,7 @@ class Drill:
         self.root, self.zero, self.arguments = root, zero, arguments(zero)
         self.log = root.parent / f"{root.name}.log"
         self.driver: subprocess.Popen[bytes] | None = None
+        self.environment = QUICK
 
     def start(self) -> None:
         """The command, in the background."""
@@ -72,7 +73,7 @@ class Drill:
             self.driver = subprocess.Popen(
                 [*LLAVA, *self.arguments, "--root", str(self.root)],
                 cwd=self.root.parent,
-                env=QUICK,
+                env=self.environment,
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,

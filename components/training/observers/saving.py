@@ -28,6 +28,8 @@ class Saving(Observer):
 
     def resumed(self, step: int) -> None:
         self._saved = step
+        if self.state.chief:
+            self.state.client.stopped(None)
 
     def stepped(self, report: StepReport, entry: Entry) -> None:
         self._own.append({"step": report.step, "ids": report.ids})
@@ -47,6 +49,9 @@ class Saving(Observer):
         if self._saved != last:
             self._save(last)
         self._saver.wait()
+        if self.state.chief:
+            # Who is asked to stop from now on need not wait for more.
+            self.state.client.stopped(last)
 
     def close(self) -> None:
         """A checkpoint that is under way arrives."""
