@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -81,6 +81,8 @@ class Setup:
     """Elements of DeepSpeed's buffer for gradients on their way (its default)."""
     live_parameters: int = 1_000_000_000
     """Elements that ZeRO-3 keeps gathered at most (its default)."""
+    offload: bool = False
+    """Whether fp32 weights, moments and gradients lie on the host, and the update is made there (ZeRO-2 and 3)."""
 
     @property
     def element(self) -> int:
@@ -137,7 +139,7 @@ class Memory:
     buffers: float
     """Gradients on their way between GPUs, and gathered weights in ZeRO-3."""
     start: float = 0
-    """Before the first step: ZeRO-3 cuts a model that each GPU has loaded whole."""
+    """Before the first step: ZeRO-3 cuts the model a block at a time, and one block is whole on each GPU."""
 
     @property
     def static(self) -> float:
@@ -201,7 +203,7 @@ def memory(sizes: Sizes, setup: Setup, work: Work) -> Memory:
         vision=a * states * vision.positions * work.images,
         update=update,
         buffers=buffers,
-        start=a * stored * (1 + 1 / setup.gpus) if setup.zero_stage == 3 else 0,
+        start=a * (stored / setup.gpus + _block(sizes)) if setup.zero_stage == 3 else 0,
     )
 
 
@@ -213,18 +215,25 @@ def _static(
     if setup.zero_stage == 0:
         return a * stored, a * learning, 2 * a * learning, 0, 0
     # fp32 copy and two moments, cut over the GPUs from stage 1 on.
-    optimizer = 12 * learning / n
+    optimizer = 0 if setup.offload else 12 * learning / n
     bucket = a * setup.reduce_bucket
     if setup.zero_stage == 1:
         # In bf16 the sums of a step are fp32, whole on each GPU, beside the gradient of the last row.
         gradients = float((4 + (a if a < 4 else 0)) * learning)
         return a * stored, gradients, optimizer, 0 if a < 4 else bucket, 0
-    gradients = 4 * learning / n
+    gradients = 0 if setup.offload else 4 * learning / n
     if setup.zero_stage == 2:
         return a * stored, gradients, optimizer, bucket, 0
     gathered = a * min(setup.live_parameters, stored)
-    update = 4 * min(setup.live_parameters, learning / n)
+    update = 0 if setup.offload else 4 * min(setup.live_parameters, learning / n)
     return a * stored / n, gradients, optimizer, bucket + gathered, update
+
+
+def _block(sizes: Sizes) -> int:
+    """Parameters of the largest block that `llava.placing` moves: the tower, a decoder layer, or what is left."""
+    language = sizes.language
+    ends = language.parameters - language.token_weights
+    return max(sizes.vision.parameters, language.layer_weights, ends + sizes.projector_parameters)
 
 
 def _layer(sizes: Sizes, setup: Setup) -> float:
@@ -360,21 +369,43 @@ def _seconds(sizes: Sizes, setup: Setup, corpus: Corpus, card: Gpu, global_batch
     learning, a, apart = sizes.trainable(setup.training, setup.lora_rank), setup.element, 1 - 1 / setup.gpus
     per_row = {0: 0, 1: 0, 2: a * learning, 3: a * (2 * sizes.parameters + learning)}[setup.zero_stage]
     per_step = {0: 8 * learning, 1: (4 + a) * learning, 2: a * learning, 3: 0}[setup.zero_stage]
-    return compute + apart * (rows * per_row + per_step) / (card.link * 1e9) + rows * _ROW_OVERHEAD
+    travel = apart * (rows * per_row + per_step) / (card.link * 1e9)
+    return compute + travel + rows * _ROW_OVERHEAD + offloaded_seconds(setup, sizes)
 
+
+def offloaded_seconds(setup: Setup, sizes: Sizes) -> float:
+    """What an update on the host adds: gradients down and weights up over PCIe, and AdamW in the host's memory."""
+    if not setup.offload:
+        return 0
+    learning = sizes.trainable(setup.training, setup.lora_rank)
+    return learning / setup.gpus * (2 * setup.element / _PCIE + _ADAMW_TRAFFIC / _HOST_MEMORY)
+
+
+_PCIE = 25e9
+"""Bytes per second of a GPU to its host, one direction: PCIe 4.0 x16 as it is usually measured."""
+_HOST_MEMORY = 20e9
+"""Bytes per second of the host's memory that one rank can count on, beside seven others on a server of two sockets."""
+_ADAMW_TRAFFIC = 28
+"""Bytes that AdamW reads and writes per parameter: weight, two moments (each both ways) and the gradient, in fp32."""
 
 _ROW_OVERHEAD = 0.01
 """Seconds that a row costs beside its arithmetic (launches, the planner's uneven ends): prefers fewer rows."""
 
 
-def choose(found: Sequence[Choice], card: Gpu, what: str) -> Choice:
-    """The fastest that fits, with room to spare where there is one; `RefusedInput` names the least need."""
+def choose(
+    found: Sequence[Choice], card: Gpu, what: str, ways_out: Callable[[], Sequence[str]] = tuple
+) -> Choice:
+    """The fastest that fits, with room to spare where there is one; `RefusedInput` names the least need.
+
+    `ways_out` is asked where nothing fits: what would.
+    """
     fitting = [each for each in found if each.fits]
     if not fitting:
         least = min(found, key=lambda each: each.memory.total)
+        ways = "; ".join(ways_out()) or "nothing that is planned here; take larger GPUs"
         raise RefusedInput(
             f"{what} does not fit: the least is {least.memory.total / GIB:.1f} GiB per GPU ({least.name}), a card "
-            f"has {usable(card) / GIB:.1f} GiB to give; take more or larger GPUs, or LoRA"
+            f"has {usable(card) / GIB:.1f} GiB to give. What would fit: {ways}"
         )
     roomy = [each for each in fitting if each.roomy]
     return min(roomy or fitting, key=lambda each: (each.seconds, each.memory.total))

@@ -11,11 +11,12 @@ from components.backbones import shipped
 from components.backbones.component import BackbonesSettings
 from components.contract import tell
 from components.registry import open_model
-from components.training.auto import candidates
+from components.training.auto import candidates, setup_of, ways_out
 from components.training.settings import WITHOUT_GPU, TrainSettings
 from llava import estimate as arithmetic
 from llava.errors import RefusedInput
 from llava.estimate import GIB, RESERVE, Choice, Corpus, Gpu
+from llava.host_memory import HostMemory, checkpoint_bytes, host_memory, model_bytes
 from llava.sizes import (
     PUBLISHED,
     Flops,
@@ -32,6 +33,8 @@ from workflows import plan as plans
 from workflows.config import Expected, WorkflowConfig
 from workflows.plan import Step
 
+PER_NODE = 8
+"""GPUs of a node, at most."""
 UNKNOWN = Expected(samples=1, text_tokens=256, supervised_tokens=128)
 """What a sample is taken for where the config expects nothing; there is no number of hours then."""
 
@@ -54,6 +57,11 @@ class StagePlan:
     hours: float
     learning: int
     """Parameters that learn."""
+    host: HostMemory
+    checkpoint: int
+    """Bytes of one checkpoint."""
+    model: int
+    """Bytes of the stage's model."""
 
 
 def plan(
@@ -82,7 +90,12 @@ def _stage(
     corpus = (expected or UNKNOWN).corpus(settings.epochs)
     training = settings.training(step.component.trains)
     found = candidates(sizes, settings, training, gpus, corpus, card)
-    best = arithmetic.choose(found, card, f"{config.name}, {name} on {gpus} x {gpu}")
+    best = arithmetic.choose(
+        found,
+        card,
+        f"{config.name}, {name} on {gpus} x {gpu}",
+        lambda: list(ways_out(name, sizes, settings, training, gpus, corpus, card)),
+    )
     faster = min((each for each in found if not each.roomy), key=lambda each: each.seconds, default=None)
     return StagePlan(
         name,
@@ -95,7 +108,21 @@ def _stage(
         max(1, round(-(-corpus.samples // settings.global_batch) * settings.epochs)),
         arithmetic.hours(sizes, best.setup, corpus, card, mfu),
         sizes.trainable(training, best.setup.lora_rank),
+        host_memory(sizes, best.setup),
+        checkpoint_bytes(sizes, best.setup),
+        model_bytes(sizes, best.setup),
     )
+
+
+def host_needs(config: WorkflowConfig) -> Iterator[tuple[str, HostMemory]]:
+    """What each training stage on GPUs takes of its nodes' own memory, where it runs on its fewest workers."""
+    sizes = sizes_of(config)
+    for step in plans.make_plan(config):
+        if step.component.trains and step.settings.gpu:
+            settings: TrainSettings = step.settings
+            training = settings.training(step.component.trains)
+            setup = setup_of(settings, training, settings.min_workers or settings.workers)
+            yield step.name, host_memory(sizes, setup)
 
 
 def sizes_of(config: WorkflowConfig) -> Sizes:
@@ -154,6 +181,9 @@ def as_json(
                 "updates": each.updates if each.known else None,
                 "hours": each.hours if each.known else None,
                 "price": price * gpus * each.hours if price is not None and each.known else None,
+                "host_memory": asdict(each.host) | {"rank": each.host.rank},
+                "checkpoint_bytes": each.checkpoint,
+                "model_bytes": each.model,
                 "chosen": _choice(each.best),
                 "choices": [_choice(choice) for choice in each.found],
             }
@@ -236,6 +266,7 @@ def _stage_lines(
     yield from _parts(stage)
     yield f"  choose {best.name}: {best.memory.total / GIB:.1f} GiB"
     yield f"    {_why(stage)}"
+    yield from _host_lines(stage, gpus)
     if stage.known:
         cost = (
             f", {price * gpus * stage.hours:,.0f} at {price:g} per GPU and hour" if price is not None else ""
@@ -244,6 +275,22 @@ def _stage_lines(
             f"  {stage.updates:,} updates of {config.section(stage.stage).global_batch} samples: "
             f"{stage.hours:.1f} h at {mfu:.0%} MFU{cost}"
         )
+
+
+def _host_lines(stage: StagePlan, gpus: int) -> Iterator[str]:
+    """What the start, checkpoints and the export take."""
+    host, best = stage.host, stage.best
+    if best.memory.start:
+        yield f"  start: {best.memory.start / GIB:.1f} GiB per GPU, a block whole at a time"
+    yield f"  checkpoint: {stage.checkpoint / GIB:.1f} GiB; each rank writes {stage.checkpoint / gpus / GIB:.1f} GiB"
+    yield f"  model at the end: {stage.model / GIB:.1f} GiB, {host.exporting / GIB:.1f} GiB of it in memory at a time"
+    node = min(gpus, PER_NODE)
+    parts = {name: value for name, value in asdict(host).items() if value and name != "mapped"}
+    told = ", ".join(f"{name} {value / GIB:.1f}" for name, value in parts.items())
+    yield f"  host memory: {host.rank / GIB:.1f} GiB a rank at its peak: {told}"
+    yield (
+        f"    a node of {node}: {host.node(node) / GIB:.0f} GiB, {host.mapped / GIB:.1f} of it the model's files"
+    )
 
 
 def _table(stage: StagePlan) -> Iterator[str]:

@@ -7,7 +7,7 @@ memory and communication are arranged, and anything else in it is refused by nam
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 _ZERO = (
     "allgather_bucket_size allgather_partitions contiguous_gradients ignore_unused_parameters "
@@ -52,9 +52,15 @@ _KEYS = {
 
 
 def deepspeed_config(
-    zero_stage: int, gradient_clipping: float, bf16: bool, user: dict[str, Any] | None = None
+    zero_stage: int,
+    gradient_clipping: float,
+    bf16: bool,
+    user: dict[str, Any] | None = None,
+    offload: Literal["no", "cpu", "pinned"] = "no",
 ) -> dict[str, Any]:
     """What `deepspeed.initialize` gets: ours, with what `user` (a parsed JSON) adds.
+
+    `offload`: whether the optimizer works on the host, and whether what travels there is pinned.
 
     Values "auto", as the transformers Trainer writes them, mean ours. Raises ValueError that names the key for
     whatever the JSON must not say.
@@ -71,6 +77,8 @@ def deepspeed_config(
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1_000_000_000,
     }
+    if offload != "no":
+        ours["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": offload == "pinned"}
     return _merged(ours, _without_auto(user or {}), "")
 
 

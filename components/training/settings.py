@@ -113,6 +113,11 @@ class TrainSettings(Settings):
     deepspeed_config: str | None = run_field(
         None, description="A DeepSpeed JSON for memory and communication, merged over ours"
     )
+    offload: bool = run_field(
+        False,
+        description="Keep fp32 weights, moments and gradients in host memory and update them there: less GPU memory, a "
+        "slower update; with zero_stage 2, 3 or auto",
+    )
     checkpointing: Literal["none", "selective", "full", "auto"] = run_field(
         "none",
         description="Activations computed again: none, selective (between matrices), full (whole layers), or auto",
@@ -165,6 +170,8 @@ class TrainSettings(Settings):
 
             if not can_fuse_loss():
                 raise ValueError("fused_loss needs torch 2.13 or newer: upgrade, or set fused_loss=false")
+        if self.offload and self.zero_stage in (0, 1):
+            raise ValueError(f"offload does not go with zero_stage {self.zero_stage}: set zero_stage 2 or 3")
         if self.deepspeed_config is not None and self.zero_stage == 0:
             raise ValueError(
                 "deepspeed_config is given, but zero_stage 0 is plain torch: set zero_stage 1 to 3"
@@ -190,7 +197,19 @@ class TrainSettings(Settings):
         """What DeepSpeed is given; the user's JSON is read on the machine that starts the run."""
         user = read_json(self.deepspeed_config) if self.deepspeed_config is not None else None
         zero_stage: Any = WITHOUT_GPU["zero_stage"] if self.zero_stage == AUTO else self.zero_stage
-        return deepspeed_config(zero_stage, self.gradient_clipping, self.precision == "bf16", user)
+        return deepspeed_config(
+            zero_stage,
+            self.gradient_clipping,
+            self.precision == "bf16",
+            user,
+            ("pinned" if self.gpu else "cpu") if self.offload else "no",
+        )
+
+    @property
+    def offloads(self) -> bool:
+        """Whether the optimizer works on the host, by `offload` or by a DeepSpeed JSON."""
+        offload = self.deepspeed()["zero_optimization"].get("offload_optimizer") or {}
+        return offload.get("device") == "cpu"
 
     @property
     def layout(self) -> Layout:

@@ -23,9 +23,11 @@ from llava.estimate import (
     hours,
     memory,
     mfu,
+    offloaded_seconds,
     step_flops,
     usable,
 )
+from llava.host_memory import checkpoint_bytes, host_memory
 from llava.pixels import Pixels
 from llava.sizes import CLIP_L14, CLIP_L14_336, VICUNA_7B, VICUNA_13B, Sizes, Training, Work, llava_sizes
 from llava.training.engine import AdamW, PlainEngine
@@ -193,9 +195,9 @@ def test_the_choice_is_the_fastest_that_fits() -> None:
     tight = [each for each in every if each.fits and not each.roomy]
     assert tight and choose(tight, card, "7B") in tight
     with pytest.raises(
-        RefusedInput, match=r"7B does not fit: the least is \d+\.\d GiB .* more or larger GPUs, or LoRA"
+        RefusedInput, match=r"7B does not fit: the least is \d+\.\d GiB .*: 8 of these cards; LoRA$"
     ):
-        choose(found(SEVEN, "full", MIX, 1, "h100-80g"), card, "7B")
+        choose(found(SEVEN, "full", MIX, 1, "h100-80g"), card, "7B", lambda: ["8 of these cards", "LoRA"])
 
 
 def test_a_roomier_card_is_never_a_slower_choice() -> None:
@@ -206,14 +208,34 @@ def test_a_roomier_card_is_never_a_slower_choice() -> None:
     assert seconds == sorted(seconds, reverse=True)
 
 
-def test_zero_3_must_fit_before_it_is_cut() -> None:
-    """Each GPU loads the model whole: 13B in bf16 are 26 GB, before a part of them goes."""
+def test_zero_3_starts_on_cards_that_the_whole_model_would_not_fit() -> None:
+    """13B in bf16 are 26 GB; a block at a time is whole on a card of 24 GB, and only its part stays."""
     needed = memory(THIRTEEN, Setup("frozen", 8, zero_stage=3), heaviest_row(THIRTEEN, CAPTIONS, 2048))
-    assert needed.allocated >= 2 * THIRTEEN.parameters
-    assert needed.total / GIB > 24
-    assert not any(
-        choice.fits for choice in found(THIRTEEN, "frozen", CAPTIONS, 8, "l4-24g", zero_stages=[3])
-    )
+    assert 2 * THIRTEEN.parameters / 8 < needed.start < 2 * THIRTEEN.parameters / 6
+    assert any(choice.fits for choice in found(THIRTEEN, "frozen", CAPTIONS, 8, "l4-24g", zero_stages=[3]))
+    assert any(choice.fits for choice in found(THIRTEEN, "full", MIX, 16, "l4-24g", zero_stages=[3]))
+
+
+def test_what_is_offloaded_leaves_the_card_and_costs_time_and_host_memory() -> None:
+    setup = Setup("full", 8, zero_stage=2)
+    row = heaviest_row(SEVEN, MIX, 2048)
+    there, away = memory(SEVEN, setup, row), memory(SEVEN, replace(setup, offload=True), row)
+    learning = SEVEN.trainable("full")
+    assert there.static - away.static == pytest.approx(16 * learning / 8)
+    hosts = [host_memory(SEVEN, replace(setup, offload=offload)) for offload in (False, True)]
+    assert hosts[1].rank - hosts[0].rank == pytest.approx(16 * learning / 8)
+    assert offloaded_seconds(setup, SEVEN) == 0 < offloaded_seconds(replace(setup, offload=True), SEVEN)
+
+
+def test_a_checkpoint_is_copied_by_each_rank_and_by_none_whole() -> None:
+    """13B: 156 GB on rank 0 once; now each of eight ranks copies its own part."""
+    eight, many = (host_memory(THIRTEEN, Setup("full", gpus)) for gpus in (8, 64))
+    whole = checkpoint_bytes(THIRTEEN, Setup("full", 8))
+    assert whole == pytest.approx(156e9, rel=0.01)
+    assert eight.saving == pytest.approx(whole / 8) and many.saving == pytest.approx(whole / 64)
+    # A pod of 64 GiB held one rank of a 7B stage 2 until its first checkpoint.
+    assert host_memory(SEVEN, Setup("full", 1)).node(1) > 64 * GIB
+    assert host_memory(SEVEN, Setup("full", 8)).node(1) < 64 * GIB
 
 
 def test_an_unknown_gpu_is_refused_by_name() -> None:

@@ -39,7 +39,9 @@ def _engine(made: TrainingParts, task: dict[str, Any]) -> Engine:
     from components.training.deepspeed_engine import DeepSpeedEngine, partition, prepare_environment
 
     prepare_environment("cpu")
-    config = deepspeed_config(task["zero"], 1.0, bf16=bool(task.get("bf16")))
+    config = deepspeed_config(
+        task["zero"], 1.0, bf16=bool(task.get("bf16")), offload=task.get("offload", "no")
+    )
     if task.get("placed"):
         dtype = torch.bfloat16 if task.get("bf16") else torch.float32
         cut = partial(partition, config=config) if task["zero"] == 3 else None
@@ -103,7 +105,7 @@ def train_group(where: Where, workers: int, **task: Any) -> tuple[list[float], t
     """Losses and weights of a run on `workers` real processes.
 
     `task`: stage, tokens_per_row, zero (0: plain torch), lora, checkpointing, fused, scales, stop_at, save, resume,
-    bf16, placed (on its device as a worker places it, which is cut at once in ZeRO-3).
+    bf16, offload (see `deepspeed_config`), placed (as a worker places it, which is cut at once in ZeRO-3).
     """
     task = {"stage": 2, "tokens_per_row": 1000, "zero": 0, **task}
     if workers == 1 and not task["zero"]:

@@ -224,6 +224,59 @@ def test_a_fixed_setting_is_kept_and_auto_is_open(llava: Command) -> None:
     ] == [(3, "full", 8192)]
 
 
+def test_the_published_hours_of_13b_come_out_at_28_percent(llava: Command) -> None:
+    """v1.5, section 3.3: 5.5 h and 20 h on eight A100; 28 % for both stages gives 6.7 h and 18.0 h."""
+    _, _, stages = plan("llava-v1.5-13b", [], 8, "a100-80g", 0.28)
+    assert [round(stage.hours, 1) for stage in stages] == [6.7, 18.0]
+    assert sum(stage.hours for stage in stages) == pytest.approx(5.5 + 20, rel=0.05)
+
+
+def test_the_start_the_checkpoints_and_the_export_are_counted(llava: Command) -> None:
+    _, out, _ = llava("llava-v1.5-13b", "--gpus", "16", "--gpu", "l4-24g", "--set", "finetune.zero_stage=3")
+    finetune = out.partition("\nfinetune: ")[2]
+    for line in (
+        "  start: ",
+        "  checkpoint: 145.8 GiB; each rank writes 9.1 GiB",
+        "  model at the end: 24.9 GiB",
+    ):
+        assert line in finetune, out
+    assert "  host memory: 13.1 GiB a rank at its peak: program 4.0, saving 9.1" in finetune
+    found = json.loads(llava("llava-v1.5-13b", "--gpus", "16", "--json")[1])["stages"]["finetune"]
+    assert found["host_memory"]["saving"] == pytest.approx(found["checkpoint_bytes"] / 16)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "gpu", "ways"),
+    [
+        (
+            "1",
+            "rtx4090-24g",
+            ["8 of these cards", "finetune.lora=true", "finetune.offload=true", "1 x h200-141g"],
+        ),
+        (
+            "2",
+            "a100-40g",
+            ["4 of these cards", "finetune.lora=true", "finetune.offload=true", "2 x a100-80g"],
+        ),
+    ],
+)
+def test_a_refusal_says_what_would_fit_and_it_does(
+    llava: Command, gpus: str, gpu: str, ways: list[str]
+) -> None:
+    status, _, err = llava("llava-v1.5-7b", "--gpus", gpus, "--gpu", gpu)
+    assert status == 2
+    told = err.partition("What would fit: ")[2]
+    assert all(way in told for way in ways), err
+    assert "of host memory in all, an update takes 1." in told
+    for way in told.strip().split("; "):
+        card = way.partition(" x ")[2] or gpu
+        count = way.partition(" of these")[0] if "of these" in way else gpus
+        sets = [
+            part for key in way.partition(" (")[0].split(" and ") if "=" in key for part in ("--set", key)
+        ]
+        assert llava("llava-v1.5-7b", "--gpus", count, "--gpu", card, *sets)[0] == 0, way
+
+
 def test_lora_is_what_one_card_can_train(llava: Command) -> None:
     assert llava("llava-v1.5-7b", "--gpus", "1", "--gpu", "a100-80g")[0] == 2
     assert llava("llava-v1.5-7b-lora", "--gpus", "1", "--gpu", "a100-80g")[0] == 0

@@ -11,9 +11,11 @@ from pathlib import Path
 from components.contract import open_store, say
 from llava.errors import AlreadyRunning, RefusedInput
 from workflows import config as configs
+from workflows.config import WorkflowConfig
 from workflows.kubernetes import rayjob
 from workflows.kubernetes.api import Cluster, RayJob
 from workflows.kubernetes.follow import follow
+from workflows.kubernetes.pod_memory import give_memory
 from workflows.kubernetes.rayjob import Entrypoint
 from workflows.retraining.drops import look
 
@@ -47,7 +49,9 @@ def submit(request: Request, cluster: Cluster) -> str | None:
     name = rayjob.run_name(request.template, entrypoint, minute, request.allow_parallel)
     job = rayjob.copy_of(template, name, entrypoint)
     rayjob.check(job)
-    _check(entrypoint)
+    config = _check(entrypoint)
+    for line in give_memory(job, config) if config else []:
+        say(line)
     if request.if_new and not _anything_new(entrypoint):
         return None
     if _is_submitted(cluster, request, job):
@@ -91,8 +95,8 @@ def _is_submitted(cluster: Cluster, request: Request, job: RayJob) -> bool:
     return True
 
 
-def _check(entrypoint: Entrypoint) -> None:
-    """Refuse what the run itself would refuse once it has a cluster."""
+def _check(entrypoint: Entrypoint) -> WorkflowConfig | None:
+    """Refuse what the run itself would refuse once it has a cluster; its config, where that does not lie there."""
     if entrypoint.root is None or not entrypoint.root.startswith("s3://"):
         raise RefusedInput(
             f"--root {entrypoint.root}: a run's pods come and go; give a root that all of them reach: "
@@ -104,12 +108,13 @@ def _check(entrypoint: Entrypoint) -> None:
         open_store(uri)
     preset, known = entrypoint.preset, configs.preset_names()
     if preset in known:
-        configs.load(preset, entrypoint.sets)
-    elif not preset.startswith("/"):
+        return configs.load(preset, entrypoint.sets)
+    if not preset.startswith("/"):
         raise RefusedInput(
             f"preset {preset!r} is not in the run's pods: take one of {', '.join(known)}, or put your file into the "
             f"ConfigMap llava-presets and name it /etc/llava/presets/{Path(preset).name}"
         )
+    return None
 
 
 def _anything_new(entrypoint: Entrypoint) -> bool:

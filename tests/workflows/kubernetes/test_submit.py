@@ -205,3 +205,35 @@ def test_the_documented_command_that_looks_once_submits_what_is_new(
     server.put({**run, "metadata": {**run["metadata"], "name": "llava-retrain-202301010000"}})
     status, out, err = llava(*_words_of_the_schedules_pod(job))
     assert (status, out, "llava-retrain-202301010000 is on" in last(err)) == (5, "", True)
+
+
+def test_pods_get_the_memory_that_the_stages_take(llava: Command, server: ApiServer) -> None:
+    """A 7B stage 2 on one pod with a GPU would be killed at its first checkpoint."""
+    for_data = ("--set", "shard.path=/data", "--set", "shard_captions.path=/data")
+    one = (*for_data, "--set", "pretrain.workers=1", "--set", "finetune.workers=1")
+    train = ["llava-v1.5-7b" if word == "tiny" else word for word in TRAIN]
+    commits = [
+        part
+        for which in ("vision", "language")
+        for part in ("--set", f"backbones.{which}_revision={'0123456789abcdef' * 2}89abcdef")
+    ]
+    status, _, err = llava(*train, *one, *commits)
+    assert status == 0, err
+    assert "pods of group gpu: 64Gi -> 93Gi of memory, since finetune takes 79.5 GiB a rank" in err
+    (body,) = server.bodies
+    (group,) = [
+        each for each in body["spec"]["rayClusterSpec"]["workerGroupSpecs"] if each["groupName"] == "gpu"
+    ]
+    resources = group["template"]["spec"]["containers"][0]["resources"]
+    assert {part: resources[part]["memory"] for part in resources} == {"requests": "93Gi", "limits": "93Gi"}
+    (template,) = [
+        each
+        for each in server.jobs["llava"]["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+        if each["groupName"] == "gpu"
+    ]
+    assert template["template"]["spec"]["containers"][0]["resources"]["limits"]["memory"] == "64Gi"
+
+
+def test_pods_that_have_enough_memory_keep_what_the_template_gives(llava: Command, server: ApiServer) -> None:
+    assert llava(*TRAIN)[0] == 0
+    assert server.bodies[0]["spec"]["rayClusterSpec"] == server.jobs["llava"]["spec"]["rayClusterSpec"]
