@@ -63,7 +63,7 @@ STEPS = (
     Step("here", "device, versions, kernels that run", here.check, (2, 4, 20)),
     Step("attention", "each kernel against fp64, sample by sample", attention.check, (2, 4, 10)),
     Step("packing", "packed rows against stock LLaVA alone", packing.check, (4, 15, 20)),
-    Step("fused loss", "in chunks against whole", variants.fused_loss, (2, 6, 10)),
+    Step("fused-loss", "in chunks against whole", variants.fused_loss, (2, 6, 10)),
     Step("compile", "compiled layers against plain ones", variants.compiled, (4, 60, 90)),
     Step("checkpointing", "selective and full against none", variants.checkpointing, (2, 8, 10)),
     Step("lora", "adapters that learn and merge", variants.with_lora, (2, 8, 10)),
@@ -102,28 +102,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         sys.exit("no CUDA device is here: leave --device out, or give --device cpu")
+    torch.set_num_threads(1 if device.type == "cpu" else os.cpu_count() or 1)
     if device.type == "cpu":
         # Where DeepSpeed is installed, accelerate asks it, and it would say in the output that it found no GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        torch.set_num_threads(1)
     # In fp32 it is fp32 that is compared.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    chosen = [*STEPS, *([DEEPSPEED] if options.deepspeed else [])]
-    if options.only:
-        chosen = [step for step in chosen if step.name in options.only]
+    wanted = options.only or [step.name for step in STEPS] + ["deepspeed"] * options.deepspeed
+    chosen = [step for step in (*STEPS, DEEPSPEED) if step.name in wanted]
     began = time.monotonic()
     end = began + 60 * options.minutes
     results: list[Result] = []
+    given = sys.argv[1:] if arguments is None else arguments
+    about = {
+        "command": " ".join(["python -m benchmarks.gpu_check", *given]),
+        "when": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+        "machine": here.about(device),
+    }
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(
             device, options.short, options.seed, Path(folder), left=lambda: end - time.monotonic()
         )  # fmt: skip
-        for step in chosen:
+        for number, step in enumerate(chosen):
+            bench.reserved = sum(_needed(later, bench) for later in chosen[number + 1 :])
             results.append(Result(step.name))
-            _write(options.out, arguments, device, results)
+            _write(options.out, about, results)
             _run(step, bench, results[-1])
             print(results[-1].line, flush=True)
-            _write(options.out, arguments, device, results)
+            _write(options.out, about, results)
     failed = [result.name for result in results if result.state == FAILED]
     counts = {state: sum(result.state == state for result in results) for state in (OK, FAILED, LEFT_OUT)}
     print(
@@ -133,10 +139,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(1)
 
 
+def _needed(step: Step, bench: Bench) -> float:
+    return step.seconds[2 if bench.cuda else 0 if bench.short else 1]
+
+
 def _run(step: Step, bench: Bench, result: Result) -> None:
     """Run one step within the budget; whatever it raises is its result and no end of the run."""
-    findings, left = result.findings, bench.left()
-    needed = step.seconds[2 if bench.cuda else 0 if bench.short else 1]
+    findings, left, needed = result.findings, bench.left(), _needed(step, bench)
     if left < needed:
         result.state = LEFT_OUT
         result.why = f"it takes about {needed:.0f} s, {max(0, left):.0f} s of the budget are left"
@@ -187,19 +196,11 @@ def _within(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGUSR1, before)
 
 
-def _write(
-    out: Path | None, arguments: Sequence[str] | None, device: torch.device, results: list[Result]
-) -> None:
+def _write(out: Path | None, about: dict[str, Any], results: list[Result]) -> None:
     """The report so far; whole at any moment, so that a killed run leaves it."""
     if out is None:
         return
-    given = sys.argv[1:] if arguments is None else arguments
-    report: dict[str, Any] = {
-        "command": " ".join(["python -m benchmarks.gpu_check", *given]),
-        "when": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
-        "machine": here.about(device),
-        "steps": [{**asdict(result), "line": result.line} for result in results],
-    }
+    report = about | {"steps": [{**asdict(result), "line": result.line} for result in results]}
     part = out.with_name(out.name + ".part")
     part.write_text(json.dumps(report, indent=1, default=str) + "\n")
     part.replace(out)

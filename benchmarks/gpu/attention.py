@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from benchmarks.gpu.bench import PRECISIONS, Bench
-from benchmarks.gpu.findings import Findings, allowed
+from benchmarks.gpu.findings import EPSILON, Findings, allowed
 from llava import attention
 from llava.attention import Segments, segments
 from llava.errors import RefusedInput
@@ -39,7 +39,7 @@ def check(bench: Bench, findings: Findings) -> None:
                 out = _ours(kernel, ready, segments(lengths))
                 found = _errors(out, ready, upstream.to(dtype), exact, lengths)
                 for what, error in found.items():
-                    findings.within(f"{name}: {what}", error, allowed(plain[what], dtype))
+                    findings.within(f"{name}: {what}", error, allowed(plain[what], EPSILON[dtype]))
                 ran.add(f"{kernel} in {precision}")
     findings.parts_left_out = sorted(set(findings.parts_left_out))
     findings.say(f"{', '.join(sorted(ran))} against fp64; {findings.worst()}")

@@ -4,6 +4,7 @@ The same weights serve everywhere. They are rounded to bf16 first, so that a mod
 same model, and the difference of their results is that of the arithmetic alone.
 """
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -67,6 +68,8 @@ class Bench:
     folder: Path
     left: Callable[[], float] = lambda: float("inf")
     """Seconds of the budget."""
+    reserved: float = 0.0
+    """Seconds that steps still to come need."""
     kept: dict[str, Any] = field(default_factory=dict)
     """What steps leave for later ones."""
     _worlds: dict[int, World] = field(default_factory=dict)
@@ -185,6 +188,7 @@ class Bench:
 
     def release(self) -> None:
         """Give memory that nobody holds back to the card."""
+        gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()
 

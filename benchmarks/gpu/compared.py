@@ -9,7 +9,7 @@ import statistics
 import torch
 
 from benchmarks.gpu.bench import PRECISIONS, Gradients
-from benchmarks.gpu.findings import Findings, allowed, apart
+from benchmarks.gpu.findings import EPSILON, MEAN, Findings, allowed, apart
 from benchmarks.train_step import GRADIENT, LOSS
 
 
@@ -27,7 +27,7 @@ def compare(
     findings.within(
         f"{name}: loss",
         abs(found.loss / reference.loss - 1),
-        LOSS if lossy is None else allowed(lossy, dtype),
+        LOSS if lossy is None else allowed(lossy, MEAN),
     )
     for kind in ("hidden", "named"):
         ours, expected = getattr(found, kind), getattr(reference, kind)
@@ -51,7 +51,7 @@ def _worst(
     lossy = {name: apart(plain[name], expected[name]) for name in errors}
     # A parameter whose plain gradient happens to be exact is no measure of what bf16 costs.
     usual = statistics.median(lossy.values())
-    pairs = [(errors[name], allowed(max(lossy[name], usual), dtype)) for name in errors]
+    pairs = [(errors[name], allowed(max(lossy[name], usual), EPSILON[dtype])) for name in errors]
     return max(pairs, key=lambda pair: pair[0] / pair[1])
 
 

@@ -12,8 +12,11 @@ FACTOR = 2.0
 Two kernels round in different places, so their errors are of one size and not equal. FlashAttention's own tests allow
 the same factor over the error of plain torch.
 """
-EPSILON = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
-"""What rounding a result once may cost, relatively: half a unit in its last place."""
+EPSILON = {torch.float32: 5e-6, torch.bfloat16: 2.0**-8}
+"""What is no fault however exact the plain computation is. bf16: one rounding, half a unit in the last place. fp32:
+about eighty of them, since kernels add in orders of their own."""
+MEAN = 2.0**-10
+"""The same for a loss in bf16, the mean over hundreds of tokens: a quarter of one rounding."""
 
 
 class LeftOut(Exception):
@@ -77,6 +80,6 @@ def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
     return off / size if size else (0.0 if off == 0 else math.inf)
 
 
-def allowed(plain: float, dtype: torch.dtype) -> float:
-    """What ours may be off by where the plain computation in `dtype` is off by `plain` from the reference."""
-    return FACTOR * max(plain, EPSILON[dtype])
+def allowed(plain: float, least: float) -> float:
+    """What ours may be off by where the plain computation in the same precision is off by `plain`."""
+    return FACTOR * max(plain, least)

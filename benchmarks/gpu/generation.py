@@ -77,7 +77,7 @@ def _judged(
         for model in (stock, whole)
     )
     worse = half.max(dim=1).values - half.gather(1, told[0, :, None])[:, 0]
-    off = (half - exact).abs().max(dim=1).values
+    off = (half - exact).abs().max(dim=1).values.clamp_min(1e-6)
     at = int((worse / off).argmax())
     findings.within(f"{what}: least liked token", float(worse[at]), FACTOR * float(off[at]))
 

@@ -1,5 +1,6 @@
 """What is here: the device, versions, which kernels can run, and which did in one step of training."""
 
+import os
 import platform
 import shutil
 import subprocess
@@ -45,7 +46,7 @@ def about(device: torch.device) -> dict[str, Any]:
         "device": device.type,
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
-        "cpus": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
         "compiler": shutil.which("g++") is not None,
         "linear_cross_entropy": memory.can_fuse_loss(),
         "varlen_attn": varlen_attn.__module__,

@@ -49,11 +49,7 @@ def _updated(
 ) -> list[torch.Tensor]:
     """What was added to each tensor, in fp64."""
     named = {f"w{number}": torch.nn.Parameter(one.to(dtype, copy=True)) for number, one in enumerate(start)}
-    adamw = AdamW(weight_decay=decay)
-    optimizer = adamw.build(named)
-    if not fused:
-        groups = [{**group, "fused": False, "foreach": False} for group in optimizer.param_groups]
-        optimizer = torch.optim.AdamW(groups, lr=0.0, foreach=False, fused=False)
+    optimizer = AdamW(weight_decay=decay).build(named) if fused else _plain(named, decay)
     set_rate(optimizer.param_groups, RATE)
     for drawn in gradients:
         for parameter, gradient in zip(named.values(), drawn, strict=True):
@@ -63,6 +59,15 @@ def _updated(
         parameter.detach().double() - one.double()
         for parameter, one in zip(named.values(), start, strict=True)
     ]
+
+
+def _plain(named: dict[str, torch.nn.Parameter], decay: float) -> torch.optim.Optimizer:
+    """A tensor at a time, with the papers' constants written out; what is no matrix does not decay."""
+    groups = [
+        {"params": [one], "scale": 1.0, "weight_decay": decay if one.ndim > 1 else 0.0}
+        for one in named.values()
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, foreach=False, fused=False)
 
 
 def _through_copy(bench: Bench, findings: Findings) -> None:

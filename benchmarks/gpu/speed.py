@@ -21,8 +21,8 @@ from llava import estimate
 from llava.estimate import GIB, GPUS, RESERVE, Gpu
 from llava.sizes import Flops, Work
 
-FEWEST, MOST = 3, 9
-"""Timed rounds."""
+ROUNDS = {"cuda": 9, "cpu": 3, "short": 2}
+"""Timed rounds at most."""
 BUDGETS = {1: (12288, 8192, 4096), 2: (16384, 8192, 4096)}
 """Tokens per row that a choice tries, by stage."""
 CARDS = {
@@ -53,8 +53,17 @@ def check(bench: Bench, findings: Findings) -> None:
     """Both stages in the time that is left: the ratio of medians, MFU and memory against the estimate."""
     card = card_of(torch.cuda.get_device_name(), _total(bench)) if bench.cuda else None
     for stage in (1, 2):
-        share = bench.left() / (3 - stage)
-        found = _measured(bench, findings, stage, share, card)
+        end = bench.left() - (bench.left() - bench.reserved) / (3 - stage)
+        chosen = _chosen(bench, stage, card)
+        try:
+            found = _measured(bench, findings, stage, chosen, end, card)
+        except torch.cuda.OutOfMemoryError as error:
+            findings.faults.append(f"{told(chosen)}: {str(error).splitlines()[0]}")
+            found = None
+        if found is None:
+            # Smaller, once more: a figure of the speed is worth having.
+            bench.release()
+            found = _measured(bench, findings, stage, smaller(chosen), end, card)
         findings.figures[f"stage {stage}"] = found
         bench.release()
     if not bench.cuda:
@@ -99,6 +108,13 @@ def fitted(card: Gpu, stage: int, free: float | None = None) -> Fitted:
     raise LeftOut(f"not one layer of 7B fits into {usable / GIB:.1f} GiB")
 
 
+def smaller(found: Fitted) -> Fitted:
+    """The same with three quarters of the layers."""
+    sizes = found.shape.sizes
+    language = replace(sizes.language, layers=max(1, sizes.language.layers * 3 // 4))
+    return replace(found, shape=replace(found.shape, sizes=replace(sizes, language=language)))
+
+
 def told(found: Fitted) -> str:
     """For people."""
     ((stage, batch),) = found.shape.batches.items()
@@ -127,13 +143,11 @@ def _padded(shape: Shape, stage: Stage) -> Work:
 
 
 def _measured(
-    bench: Bench, findings: Findings, stage: int, seconds: float, card: Gpu | None
+    bench: Bench, findings: Findings, stage: int, chosen: Fitted, end: float, card: Gpu | None
 ) -> dict[str, Any]:
-    """One stage; `seconds` are for all of it."""
-    began = bench.left()
-    chosen = _chosen(bench, stage, card)
+    """One stage; rounds end where less than `end` seconds of the budget are left."""
     bf16 = bench.cuda
-    steps = 1 + (2 if bench.short else MOST)
+    steps = 1 + ROUNDS["cuda" if bench.cuda else "short" if bench.short else "cpu"]
     with tempfile.TemporaryDirectory(dir=bench.folder) as name:
         folder = Path(name)
         world = make_world(
@@ -154,11 +168,11 @@ def _measured(
         measured = [Measured(side.name, side.what) for side in entered]
         try:
             for number in range(steps):
-                spent = began - bench.left()
-                rounds = len(measured[0].seconds)
-                if rounds >= FEWEST and spent * (1 + 1 / (rounds + 1)) > seconds:
-                    break
+                before = bench.left()
                 _round(bench, entered, measured, number)
+                # The next one takes as long; the first has warmed up and counts for nothing.
+                if number and 2 * bench.left() - before < end:
+                    break
         finally:
             for side in entered:
                 side.close()

@@ -1,7 +1,9 @@
 """DeepSpeed ZeRO 1, 2 and 3 on one device, against plain torch."""
 
+import logging
 import os
 import socket
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -34,6 +36,8 @@ def check(bench: Bench, findings: Findings) -> None:
     except ImportError as error:
         raise LeftOut(f"components/ is not here: {error}") from None
     prepare_environment(bench.device.type)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     with _group_of_one(bench), one_order():
         for dtype, precision in PRECISIONS.items():
             plain = PlainEngine(bench.module(dtype), MixedAdamW(), 1.0)
