@@ -24,8 +24,6 @@ from llava.pixels import Pixels
 from llava.training import memory
 from llava.training.engine import AdamW, PlainEngine, TrainingState
 
-pytestmark = pytest.mark.slow
-
 Patch = pytest.MonkeyPatch
 
 
