@@ -181,6 +181,12 @@ class Bench:
             torch.cuda.synchronize()
             found.append(torch.cuda.max_memory_allocated() - before)
 
+    def forget(self) -> None:
+        """Let go of all that was made once; it is made again when it is asked for."""
+        self.kept.clear()
+        self._worlds.clear()
+        self.release()
+
     def synchronise(self) -> None:
         """Wait until the device has done what it was given."""
         if self.cuda:

@@ -1,7 +1,9 @@
 """What changes memory or speed and no result: fused loss, compiled layers, checkpointing; and LoRA beside them."""
 
 import shutil
+import sysconfig
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
@@ -34,10 +36,8 @@ def fused_loss(bench: Bench, findings: Findings) -> None:
 def compiled(bench: Bench, findings: Findings) -> None:
     """Compiled layers against the layers as they are: one program for rows of two lengths."""
     backend = "eager" if bench.short else "inductor"
-    if backend == "inductor" and bench.cuda and find_spec("triton") is None:
-        raise LeftOut("triton is not installed")
-    if backend == "inductor" and not (shutil.which("g++") or shutil.which("clang++")):
-        raise LeftOut("the compiler of torch needs g++, which is not here")
+    if backend == "inductor" and (missing := _missing(bench)):
+        raise LeftOut(f"torch's compiler needs {missing}, which is not here")
     for dtype in [torch.float32] if bench.short else PRECISIONS:
         plain, reference = _plain_and_reference(bench, dtype)
         module = bench.module(dtype)
@@ -49,6 +49,18 @@ def compiled(bench: Bench, findings: Findings) -> None:
     if backend == "eager":
         findings.without("generated code", "--short traces the layers and runs them as they are")
     findings.say(f"backend {backend}; {findings.worst()}")
+
+
+def _missing(bench: Bench) -> str | None:
+    """What the compiler calls and this machine lacks."""
+    if bench.cuda and find_spec("triton") is None:
+        return "triton"
+    compilers = ("g++", "clang++", *(("gcc", "cc", "clang") if bench.cuda else ()))
+    if not any(map(shutil.which, compilers)):
+        return "a C compiler" if bench.cuda else "g++"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        return "Python.h (python3-dev)"
+    return None
 
 
 def checkpointing(bench: Bench, findings: Findings) -> None:

@@ -36,7 +36,9 @@ def check(bench: Bench, findings: Findings) -> None:
     except ImportError as error:
         raise LeftOut(f"components/ is not here: {error}") from None
     prepare_environment(bench.device.type)
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     with _group_of_one(bench), one_order():
         for dtype, precision in PRECISIONS.items():
