@@ -11,7 +11,7 @@ S segments.
 """
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any, Literal
 
@@ -38,11 +38,20 @@ class Segments:
 
     lengths: tuple[int, ...]
     bounds: torch.Tensor
-    """(S + 1,) int32: where each begins, and the end of the last."""
+    """(S + 1,) int32, in the host's memory: where each begins, and the end of the last."""
+    _on: dict[torch.device, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
 
-    def to(self, device: torch.device | str) -> "Segments":
-        """The same on another device."""
-        return Segments(self.lengths, self.bounds.to(device, non_blocking=True))
+    def on(self, device: torch.device) -> torch.Tensor:
+        """`bounds` on `device`, copied when a kernel first asks: one that calls each sample by itself never does."""
+        if device == self.bounds.device:
+            return self.bounds
+        if device not in self._on:
+            self._on[device] = self.bounds.to(device, non_blocking=True)
+        return self._on[device]
+
+    def pinned(self) -> "Segments":
+        """The same with `bounds` in page-locked memory."""
+        return Segments(self.lengths, self.bounds.pin_memory())
 
 
 def segments(lengths: list[int]) -> Segments:
@@ -148,7 +157,7 @@ def varlen(
         else:
             row_key, row_value = (part.repeat_interleave(groups, dim=1) for part in (row_key, row_value))
     longest = max(segments.lengths)
-    bounds = segments.bounds
+    bounds = segments.on(query.device)
     mixed: Any = varlen_attn(row_query, row_key, row_value, bounds, bounds, longest, longest, **options)
     row: torch.Tensor = mixed.unsqueeze(0)
     return row

@@ -54,7 +54,7 @@ class Ours:
         # On a GPU the next step's data is made while this one computes; on the CPU that would be counted elsewhere.
         self.ahead: Iterator[Step] | None = None
         if engine.device.type == "cuda":
-            self.ahead = collator.steps(0, steps, 0, 1)
+            self.ahead = collator.steps(0, steps, 0, 1, device=engine.device)
 
     def enter(self) -> None:
         prepare(self.world, packing_attention("auto"), self.checkpointing)

@@ -3,9 +3,10 @@
 Shapes: T tokens of a row, N images, P image tokens per image, K supervised positions.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -49,8 +50,23 @@ class PackedRow:
     """(K,) those next tokens."""
 
     def to(self, device: torch.device | str) -> "PackedRow":
-        """The same on another device."""
-        return PackedRow(**{name: value.to(device) for name, value in vars(self).items()})
+        """The same on another device; from `pinned` memory to a GPU the copies do not hold up the caller.
+
+        The host's tensors may be let go at once: torch gives page-locked memory away again only after the copies out
+        of it (its notes on CUDA semantics, "Use pinned memory buffers"). Nothing may write into them.
+        """
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> "PackedRow":
+        """The same in page-locked memory, from which a GPU copies by itself; needs CUDA."""
+        return replace(self._each(torch.Tensor.pin_memory), segments=self.segments.pinned())
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "PackedRow":
+        """With `change` made to every tensor; the segments' bounds stay where they are until a kernel asks for them."""
+        changed: dict[str, Any] = {
+            name: change(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **changed)
 
 
 @dataclass
@@ -106,17 +122,35 @@ class Collator:
             ids=ids,
         )
 
-    def steps(self, first: int, last: int, rank: int, world: int, ahead: int = 2) -> Iterator[Step]:
-        """Steps `first` to `last` (not included), prepared `ahead` of the training in a thread."""
-        with ThreadPoolExecutor(1, "collate") as pool:
+    def steps(
+        self,
+        first: int,
+        last: int,
+        rank: int,
+        world: int,
+        ahead: int = 2,
+        device: torch.device = torch.device("cpu"),  # noqa: B008
+    ) -> Iterator[Step]:
+        """Steps `first` to `last` (not included), prepared `ahead` of the training in a thread.
+
+        Rows for a GPU, `device`, come in page-locked memory; they are copied there by who computes them.
+        """
+        pin = device.type == "cuda"
+        # A thread begins on the first GPU, whichever its process computes on.
+        begin = partial(torch.cuda.set_device, device) if pin else None
+        with ThreadPoolExecutor(1, "collate", begin) as pool:
             waiting = [
-                pool.submit(self.step, number, rank, world)
+                pool.submit(self._prepared, number, rank, world, pin)
                 for number in range(first, min(first + ahead, last))
             ]
             for number in range(first, last):
                 if number + ahead < last:
-                    waiting.append(pool.submit(self.step, number + ahead, rank, world))
+                    waiting.append(pool.submit(self._prepared, number + ahead, rank, world, pin))
                 yield waiting.pop(0).result()
+
+    def _prepared(self, number: int, rank: int, world: int, pin: bool) -> Step:
+        step = self.step(number, rank, world)
+        return replace(step, rows=[row.pinned() for row in step.rows]) if pin else step
 
     def _look_ahead(self, number: int, rank: int, world: int) -> None:
         """Begin to read what this rank needs in the next steps of the epoch, and forget what nobody will need."""

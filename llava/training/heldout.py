@@ -19,7 +19,7 @@ def heldout_loss(engine: Engine, module: LlavaForTraining, collator: Collator, s
     language_model.eval()
     try:
         with torch.no_grad():
-            for step in collator.steps(0, steps, engine.rank, engine.world):
+            for step in collator.steps(0, steps, engine.rank, engine.world, device=engine.device):
                 for row in step.rows:
                     total[0] += engine.loss(row.to(engine.device))
                 total[1] += step.supervised / engine.world

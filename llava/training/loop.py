@@ -82,7 +82,8 @@ def train(
     """
     began = time.perf_counter()
     for done, step in enumerate(
-        collator.steps(first, schedule.steps, engine.rank, engine.world), start=first + 1
+        collator.steps(first, schedule.steps, engine.rank, engine.world, device=engine.device),
+        start=first + 1,
     ):
         waited = time.perf_counter() - began
         rate = schedule.rate(done - 1)

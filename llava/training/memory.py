@@ -68,14 +68,16 @@ def can_fuse_loss() -> bool:
 
 
 def fuse_loss(module: LlavaForTraining) -> None:
-    """Compute the logits a chunk at a time, forward and backward at once, so that they never exist whole."""
+    """Compute the logits a chunk at a time, forward and again backward, so that they never exist whole."""
     head = module.stock.lm_head
 
     def forward(hidden_KD: torch.Tensor, targets_K: torch.Tensor) -> torch.Tensor:
         options = torch.nn.LinearCrossEntropyOptions(acc_policy="accurate")
-        return functional.linear_cross_entropy(
-            hidden_KD, head.weight, targets_K, linear_bias=head.bias, reduction="sum", options=options
-        ).float()
+        # In half precision torch adds up the losses in half precision, too: thousands of them are off by percents.
+        losses_K = functional.linear_cross_entropy(
+            hidden_KD, head.weight, targets_K, linear_bias=head.bias, reduction="none", options=options
+        )
+        return losses_K.float().sum()
 
     # Through the head's own call, so that ZeRO-3 brings its weight together.
     head.forward = forward

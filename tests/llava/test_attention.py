@@ -71,7 +71,7 @@ def test_varlen_is_refused_where_it_cannot_run_and_auto_falls_back(
 def test_the_varlen_call_has_the_shapes_of_the_other_kernel(groups: int) -> None:
     lengths = [5, 11]
     parts = [part.detach().to("meta", torch.bfloat16).requires_grad_() for part in row(4, groups, lengths)]
-    out = varlen(*parts, segments(lengths).to("meta"))
+    out = varlen(*parts, segments(lengths))
     assert out.shape == (1, 16, 4, 16)
     gradients = torch.autograd.grad(out.sum(), parts)
     assert [gradient.shape for gradient in gradients] == [part.shape for part in parts]
@@ -81,7 +81,7 @@ def test_the_varlen_call_has_the_shapes_of_the_other_kernel(groups: int) -> None
 def test_varlen_and_sdpa_agree_on_the_gpu() -> None:
     lengths = [7, 130, 64]
     parts = [part.detach().to("cuda", torch.bfloat16).requires_grad_() for part in row(8, 2, lengths, 64)]
-    where = segments(lengths).to("cuda")
+    where = segments(lengths)
     assert choose("auto", parts[0].device, torch.bfloat16, 64) == "varlen"
     outs = [kernel(*parts, where) for kernel in (varlen, sdpa)]
     assert torch.allclose(*(out.float() for out in outs), atol=2e-2)

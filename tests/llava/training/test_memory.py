@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -77,6 +78,19 @@ def test_a_fused_loss_gives_the_same_loss_and_gradients(world: tuple[Path, Path]
     assert fused == pytest.approx(loss, rel=1e-6)
     for name, gradient in expected.items():
         assert torch.allclose(found[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max())), name
+
+
+def test_a_fused_loss_in_half_precision_is_summed_in_single() -> None:
+    if not memory.can_fuse_loss():
+        pytest.skip("this torch has no linear_cross_entropy")
+    torch.manual_seed(0)
+    head = torch.nn.Linear(64, 512, bias=False, dtype=torch.bfloat16)
+    hidden, targets = torch.randn(4000, 64, dtype=torch.bfloat16), torch.randint(0, 512, (4000,))
+    plain = torch.nn.functional.cross_entropy(head(hidden).float(), targets, reduction="sum")
+    module: Any = SimpleNamespace(stock=SimpleNamespace(lm_head=head))
+    memory.fuse_loss(module)
+    # A number in bf16 may be off by 1 in 256; the mean of thousands of them is not.
+    assert module.loss(hidden, targets).item() == pytest.approx(plain.item(), rel=2e-4)
 
 
 def test_compiled_layers_give_the_same_gradients(world: tuple[Path, Path]) -> None:
