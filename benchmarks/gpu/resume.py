@@ -1,8 +1,7 @@
 """Save and restore: an interrupted run ends with the bits of one that was not."""
 
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ import torch
 from benchmarks.gpu.bench import PRECISIONS, Bench
 from benchmarks.gpu.findings import Findings
 from llava.training import checkpoint
-from llava.training.engine import AdamW, Engine, PlainEngine, TrainingState
+from llava.training.engine import AdamW, Engine, PlainEngine
 
 RATE = 1e-3
 Trained = dict[str, torch.Tensor]
@@ -22,7 +21,8 @@ def check(bench: Bench, findings: Findings) -> None:
         for dtype, precision in PRECISIONS.items():
             engine = _engine(bench, dtype)
             steps(bench, engine, 0, 2)
-            saved = _through_files(bench, engine)
+            folder = bench.folder / f"saved-{precision}"
+            checkpoint.save(folder, engine, checkpoint.Position(2, {}, engine.updates))
             expected = steps(bench, engine, 2, 4)
             control = _engine(bench, dtype)
             steps(bench, control, 0, 2)
@@ -31,7 +31,7 @@ def check(bench: Bench, findings: Findings) -> None:
                 f"{precision}: a run repeats itself", not repeated, f"{len(repeated)} tensors differ"
             )
             other = _engine(bench, dtype)
-            other.restore(saved)
+            restore(other, folder)
             lost = differing(steps(bench, other, 2, 4), expected)
             findings.holds(
                 f"{precision}: the bits after a restore", not lost, f"{len(lost)} tensors differ: {lost[:3]}"
@@ -52,12 +52,8 @@ def steps(bench: Bench, engine: Engine, first: int, last: int) -> Trained:
             loss = engine.loss(row.to(engine.device))
             engine.backward(loss, step.supervised, last=count == len(step.rows))
         engine.step(RATE)
-    state = engine.state()
-    assert state is not None
     return {
-        f"{part} of {name}": value
-        for part in ("weights", "exp_avg", "exp_avg_sq")
-        for name, value in getattr(state, part).items()
+        f"{part} of {each.name}": value for each in engine.fragments() for part, value in each.values.items()
     }
 
 
@@ -71,13 +67,11 @@ def differing(found: Trained, expected: Trained) -> list[str]:
     ]
 
 
-def _through_files(bench: Bench, engine: Engine) -> TrainingState:
-    state = engine.state()
-    assert state is not None
-    with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
-        checkpoint.write(Path(folder) / "saved", state, checkpoint.Position(state.update, {}))
-        read, _ = checkpoint.read(Path(folder) / "saved", {})
-    return read
+def restore(engine: Engine, folder: Path) -> None:
+    """Continue from what `checkpoint.save` wrote."""
+    _, saved = checkpoint.opened(folder, {})
+    with closing(saved):
+        engine.restore(saved)
 
 
 @contextmanager

@@ -29,7 +29,6 @@ from llava.training.checkpoint import Fragment, SavedState, Share, Written
 
 FOLDER = "checkpoints"
 COMMITTED = "COMMITTED"
-_SHARE = "share-{:05d}.json"
 _EVERY = 0.1
 """Seconds between two looks for the shares of the other ranks; grows to a second."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -125,7 +124,7 @@ class Saver:
         self.place.guard.check()
         try:
             share = self._written(there, fragments, more)
-            there.write(_SHARE.format(self.rank), json.dumps(share.as_json()).encode())
+            there.write(files.share_file(self.rank), json.dumps(share.as_json()).encode())
             if self.rank == 0:
                 self._commit(there)
         except BaseException as error:
@@ -164,7 +163,7 @@ class Saver:
 
     def _arrived(self, there: Folder) -> Iterable[int]:
         """All ranks, when all have stored their shares."""
-        names, pause = {_SHARE.format(rank) for rank in range(self.world)}, _EVERY
+        names, pause = {files.share_file(rank) for rank in range(self.world)}, _EVERY
         while names - {entry.key for entry in there.list("share-")}:
             if self._closing.wait(pause):
                 raise LlavaError(
@@ -175,7 +174,7 @@ class Saver:
         return range(self.world)
 
     def _share(self, there: Folder, rank: int) -> Share:
-        return Share.from_json(from_json(there.read(_SHARE.format(rank))))
+        return Share.from_json(from_json(there.read(files.share_file(rank))))
 
 
 class Checkpoint:

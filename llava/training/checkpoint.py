@@ -12,9 +12,10 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from pyarrow import fs
 from torch import nn
 
 from llava.errors import LlavaError
@@ -37,6 +38,17 @@ class Fragment:
     """Where the piece begins in the flat parameter."""
     values: Mapping[str, torch.Tensor]
     """(elements,) fp32 on the host, for each of `PARTS`."""
+
+
+class Holder(Protocol):
+    """One rank that holds a part of the state."""
+
+    rank: int
+    world: int
+
+    def fragments(self) -> list[Fragment]:
+        """Its share of the state."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -89,6 +101,11 @@ class Position:
 def file_of(part: str, rank: int, world: int) -> str:
     """The file of one of `PARTS` in a rank's share."""
     return f"{part}-{rank:05d}-of-{world:05d}.safetensors"
+
+
+def share_file(rank: int) -> str:
+    """What a rank wrote, as JSON: the last file of its share."""
+    return f"share-{rank:05d}.json"
 
 
 def write_share(folder: Path, rank: int, world: int, fragments: Sequence[Fragment]) -> Share:
@@ -218,6 +235,27 @@ class _Reader:
 
     def close(self) -> None:
         self._file.close()
+
+
+def save(folder: Path, engine: Holder, position: Position) -> None:
+    """One rank's part of a checkpoint in a local folder that all ranks share; rank 0 says where it stands.
+
+    It is whole when all ranks have come back. What is committed to a store is in `components.training.checkpoints`.
+    """
+    share = write_share(folder, engine.rank, engine.world, engine.fragments())
+    (folder / share_file(engine.rank)).write_text(json.dumps(share.as_json()))
+    if engine.rank == 0:
+        (folder / STATE).write_bytes(position_json(position))
+
+
+def opened(folder: Path, plan: dict[str, Any]) -> tuple[Position, SavedState]:
+    """What `save` wrote on all ranks. Refuses a checkpoint of another plan."""
+    position = position_of((folder / STATE).read_bytes(), plan, str(folder))
+    shares = [Share.from_json(json.loads(path.read_text())) for path in sorted(folder.glob("share-*.json"))]
+    local = fs.LocalFileSystem()
+    return position, SavedState(
+        str(folder), position.update, shares, lambda name: local.open_input_file(str(folder / name))
+    )
 
 
 @torch.no_grad()

@@ -1,13 +1,11 @@
 """Training on real processes without Ray: a tiny world, and a group of ranks that trains on it."""
 
-import json
 import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from pyarrow import fs
 
 from llava import lora
 from llava.placing import place
@@ -56,7 +54,7 @@ def _train(where: Where, task: dict[str, Any]) -> Any:
     engine = _engine(made, task)
     first = 0
     if resume := task.get("resume"):
-        position, saved = opened(resume, identity)
+        position, saved = checkpoint.opened(resume, identity)
         engine.restore(saved)
         first = position.step
     losses: list[float] = []
@@ -68,9 +66,9 @@ def _train(where: Where, task: dict[str, Any]) -> Any:
     done = train(engine, made.collator, Schedule(STEPS, 1e-2, 0.1), first, after)
     with tempfile.TemporaryDirectory() as own:
         folder = gathered(engine, task.get("save", Path(own)))[0]
-        save(folder, engine, checkpoint.Position(done, identity, engine.updates))
+        checkpoint.save(folder, engine, checkpoint.Position(done, identity, engine.updates))
         gathered(engine, None)
-        _, saved = opened(folder, identity)
+        _, saved = checkpoint.opened(folder, identity)
         whole = [saved.whole("weights", name, shape_of(each)) for name, each in sorted(engine.named.items())]
         gathered(engine, None)
     return losses, torch.cat([value.flatten() for value in whole]).numpy()
@@ -79,26 +77,6 @@ def _train(where: Where, task: dict[str, Any]) -> Any:
 def shape_of(parameter: Any) -> torch.Size:
     """The whole parameter's; ZeRO-3 leaves an empty tensor in its place."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def save(folder: Path, engine: Engine, position: checkpoint.Position) -> None:
-    """A rank's share of a checkpoint; the first says where it stands."""
-    share = checkpoint.write_share(folder, engine.rank, engine.world, engine.fragments())
-    (folder / f"share-{engine.rank:05d}.json").write_text(json.dumps(share.as_json()))
-    if engine.rank == 0:
-        (folder / checkpoint.STATE).write_bytes(checkpoint.position_json(position))
-
-
-def opened(folder: Path, identity: dict[str, Any]) -> tuple[checkpoint.Position, checkpoint.SavedState]:
-    """What `save` wrote on all ranks."""
-    position = checkpoint.position_of((folder / checkpoint.STATE).read_bytes(), identity, str(folder))
-    shares = [
-        checkpoint.Share.from_json(json.loads(path.read_text())) for path in sorted(folder.glob("share-*"))
-    ]
-    local = fs.LocalFileSystem()
-    return position, checkpoint.SavedState(
-        str(folder), position.update, shares, lambda name: local.open_input_file(str(folder / name))
-    )
 
 
 def train_group(where: Where, workers: int, **task: Any) -> tuple[list[float], torch.Tensor]:

@@ -9,8 +9,9 @@ import torch
 
 from components.training.deepspeed_config import deepspeed_config
 from llava.model import load, set_trainable
+from llava.training import checkpoint
 from llava.training.engine import AdamW, trainable
-from tests.support.training import make_world, opened, train_group
+from tests.support.training import make_world, train_group
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,7 @@ def test_each_rank_writes_its_share_and_none_writes_another(
     train_group(world, 3, zero=zero, stop_at=2, save=saved)
     sizes = [sum(path.stat().st_size for path in saved.glob(f"*-{rank:05d}-of-00003*")) for rank in range(3)]
     assert max(sizes) < 1.2 * min(sizes)
-    _, found = opened(saved, json.loads((saved / "state.json").read_text())["plan"])
+    _, found = checkpoint.opened(saved, json.loads((saved / "state.json").read_text())["plan"])
     stock = load(world[0], torch.float32)
     set_trainable(stock, ["projector", "language_model"])
     assert found.names == set(trainable(stock))

@@ -13,7 +13,7 @@ from llava.training.engine import AdamW, PlainEngine
 from llava.training.guards import SpikeGuard
 from llava.training.loop import Schedule, train
 from tests.support.mixed_batches import pieces
-from tests.support.training import make_world, opened, train_group
+from tests.support.training import make_world, train_group
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_a_resumed_run_ends_with_the_very_same_weights(world: tuple[Path, Path],
 def test_a_checkpoint_of_another_run_is_refused(world: tuple[Path, Path], tmp_path: Path) -> None:
     train_group(world, 1, stop_at=2, save=tmp_path / "checkpoint")
     with pytest.raises(LlavaError, match="seed differ"):
-        opened(tmp_path / "checkpoint", {"seed": 4})
+        checkpoint.opened(tmp_path / "checkpoint", {"seed": 4})
 
 
 def test_a_checkpoint_is_refused_where_what_is_frozen_is_not_the_same(
