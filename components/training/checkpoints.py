@@ -22,12 +22,12 @@ from typing import Any
 
 from components.contract import Folder, Guard
 from components.contract.store import check_key
+from components.training.record import CHECKPOINTS
 from llava.data.jsonl import from_json
 from llava.errors import LlavaError
 from llava.training import checkpoint as files
 from llava.training.checkpoint import Fragment, SavedState, Share, Written
 
-FOLDER = "checkpoints"
 COMMITTED = "COMMITTED"
 _EVERY = 0.1
 """Seconds between two looks for the shares of the other ranks; grows to a second."""
@@ -54,7 +54,7 @@ class Place:
 
     def checkpoint(self, step: int, start: str) -> Folder:
         """The folder of the checkpoint of `step` that the group `start` makes."""
-        return self.folder.sub(f"{FOLDER}/{step:09d}-{self.guard.token:06d}-{start}")
+        return self.folder.sub(f"{CHECKPOINTS}/{step:09d}-{self.guard.token:06d}-{start}")
 
     def clean(self) -> None:
         """Delete what was never committed: a full disk or a kill came between. Nobody else writes here now."""
@@ -71,13 +71,15 @@ class Place:
         """Committed checkpoints by step, token and start, and the others."""
         named: dict[str, tuple[Folder, bool]] = {}
         for folder in (self.folder, *self.earlier):
-            for entry in folder.list(f"{FOLDER}/"):
-                name, _, file = entry.key.removeprefix(f"{FOLDER}/").partition("/")
+            for entry in folder.list(f"{CHECKPOINTS}/"):
+                name, _, file = entry.key.removeprefix(f"{CHECKPOINTS}/").partition("/")
                 # Ray keeps a folder of its own beside them.
                 if name[:9].isdigit() and file:
                     done = named.get(name, (folder, False))[1] or file == COMMITTED
                     named[name] = (folder, done)
-        found = [(folder.sub(f"{FOLDER}/{name}"), done) for name, (folder, done) in sorted(named.items())]
+        found = [
+            (folder.sub(f"{CHECKPOINTS}/{name}"), done) for name, (folder, done) in sorted(named.items())
+        ]
         return [each for each, done in found if done], [each for each, done in found if not done]
 
 
@@ -206,7 +208,13 @@ class Checkpoint:
 
     def position(self, plan: dict[str, Any]) -> files.Position:
         """Where it stands. Refuses a checkpoint of another plan."""
-        return files.position_of(self.folder.read(files.STATE), plan, self.folder.uri)
+        try:
+            return files.position_of(self.folder.read(files.STATE), plan, self.folder.uri)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise Damaged(
+                f"checkpoint {self.folder.uri}: {files.STATE} cannot be read ({type(error).__name__}: {error}): delete "
+                "the checkpoint to resume from the one before"
+            ) from None
 
     def state(self, position: files.Position) -> SavedState:
         """What lies in it; close it."""

@@ -8,6 +8,8 @@ from typing import Any
 from components.contract import Artifact, TrackedRun, TrackingError
 from llava.data.jsonl import from_jsonl
 
+CHECKPOINTS = "checkpoints"
+"""The folder of the checkpoints (`components/training/checkpoints.py`), which goes when the artifact is finished."""
 HISTORY = "history.jsonl"
 """A line per step: its metrics, when it was (`at`, seconds since 1970) and, after a jump of the loss, `spike`."""
 SAMPLES = "samples.jsonl"

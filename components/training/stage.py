@@ -15,11 +15,11 @@ import numpy as np
 
 from components.contract import Artifact, Component, Job, Workspace, refusals
 from components.ray_cluster.connection import require_unless_made
-from components.training import auto, checkpoints, data, train_fn
+from components.training import auto, data, train_fn
 from components.training.board import ProgressClient, start_progress_actor
 from components.training.data import INDEX, MODEL, extra_sources, measure
 from components.training.progress import Watcher
-from components.training.record import HISTORY, MetricLog
+from components.training.record import CHECKPOINTS, HISTORY, MetricLog
 from components.training.settings import TrainSettings
 from components.training.task import Task
 from llava.data.jsonl import from_jsonl
@@ -78,7 +78,7 @@ class TrainingStage(Component):
 
     def takes_over(self, key: str) -> bool:
         """All but checkpoints, which are large and are read where they lie."""
-        return not key.startswith(f"{checkpoints.FOLDER}/")
+        return not key.startswith(f"{CHECKPOINTS}/")
 
     def run(self, job: Job[Any]) -> None:
         """Measure, choose what is `auto`, train, tell."""
@@ -176,7 +176,7 @@ def _trainer(job: Job[Any], task: Task) -> Any:
         run_config=run(
             # A name that was used by a completed run would silently resume it.
             name=f"{job.component}-{uuid.uuid4().hex[:12]}",
-            storage_path=f"{base}/checkpoints/ray",
+            storage_path=f"{base}/{CHECKPOINTS}/ray",
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=settings.max_restarts),
             worker_runtime_env={"env_vars": train_fn.environment(settings.cpus_per_worker, settings.gpu)},

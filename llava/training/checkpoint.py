@@ -18,6 +18,7 @@ import torch
 from pyarrow import fs
 from torch import nn
 
+from llava.data.jsonl import from_json
 from llava.errors import LlavaError
 from llava.tensor_file import Form, TensorFile
 
@@ -137,7 +138,7 @@ def position_json(position: Position) -> bytes:
 
 def position_of(data: bytes, plan: dict[str, Any], where: str) -> Position:
     """What `position_json` wrote. Refuses a checkpoint of another plan; `where` names it."""
-    body = json.loads(data)
+    body = from_json(data)
     differing = sorted(key for key in {*body["plan"], *plan} if body["plan"].get(key) != plan.get(key))
     if differing:
         raise LlavaError(
@@ -212,26 +213,40 @@ class _Reader:
     def __init__(self, file: Any, where: str) -> None:
         self._file, self._where = file, where
         self._window, self._at = memoryview(b""), 0
-        length = int.from_bytes(file.read_at(8, 0), "little")
-        if length > _HEADER_AT_MOST:
-            raise LlavaError(
-                f"{where} is no safetensors file: delete the checkpoint to resume from the one before"
-            )
-        self._table, self._begin = json.loads(file.read_at(length, 8)), 8 + length
+        try:
+            length = int.from_bytes(file.read_at(8, 0), "little")
+            if length > _HEADER_AT_MOST:
+                raise ValueError(f"a table of {length:,} bytes")
+            self._begin = 8 + length
+            self._places = {
+                str(name): (int(entry["data_offsets"][0]), int(entry["data_offsets"][1]))
+                for name, entry in from_json(file.read_at(length, 8)).items()
+                if name != "__metadata__" and entry["dtype"] == "F32"
+            }
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+            raise self._damaged(f"is no safetensors file ({error})") from None
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """(stop - start,) fp32 of the flat tensor."""
-        entry = self._table[name]
-        place, size = self._begin + entry["data_offsets"][0] + 4 * start, 4 * (stop - start)
-        if entry["dtype"] != "F32" or place + size > self._begin + entry["data_offsets"][1]:
-            raise LlavaError(f"{self._where}: {name} is not what the checkpoint says: delete the checkpoint")
+        first, last = self._places.get(name, (0, 0))
+        place, size = self._begin + first + 4 * start, 4 * (stop - start)
+        if start < 0 or place + size > self._begin + last:
+            raise self._damaged(f"does not hold elements {start} to {stop} of {name}")
         if size >= _WINDOW:
-            return torch.frombuffer(bytearray(self._file.read_at(size, place)), dtype=torch.float32)
+            return self._tensor(self._file.read_at(size, place), size)
         offset = place - self._at
         if offset < 0 or offset + size > len(self._window):
             self._window, self._at = memoryview(self._file.read_at(_WINDOW, place)), place
             offset = 0
-        return torch.frombuffer(bytearray(self._window[offset : offset + size]), dtype=torch.float32)
+        return self._tensor(self._window[offset : offset + size], size)
+
+    def _tensor(self, data: Any, size: int) -> torch.Tensor:
+        if len(data) != size:
+            raise self._damaged("is shorter than its table says")
+        return torch.frombuffer(bytearray(data), dtype=torch.float32) if size else torch.empty(0)
+
+    def _damaged(self, what: str) -> LlavaError:
+        return LlavaError(f"{self._where} {what}: delete the checkpoint to resume from the one before")
 
     def close(self) -> None:
         self._file.close()
