@@ -33,8 +33,8 @@ def check(bench: Bench, findings: Findings) -> None:
         raise LeftOut("deepspeed is not installed")
     try:
         from components.training.deepspeed_engine import prepare_environment
-    except ImportError as error:
-        raise LeftOut(f"components/ is not here: {error}") from None
+    except ImportError as missing:
+        raise LeftOut(f"components/ is not here: {missing}") from None
     prepare_environment(bench.device.type)
     from deepspeed.utils import logger
 
