@@ -154,7 +154,7 @@ def _run(step: Step, bench: Bench, result: Result) -> None:
         return
     began = time.monotonic()
     try:
-        # Libraries print as they like; what stands on the terminal's own stream are the lines of the report.
+        # Libraries print as they like: the report's lines alone go to stdout.
         with redirect_stdout(sys.stderr), _within(left):
             step.run(bench, findings)
         result.state = FAILED if findings.faults else OK
