@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,7 +154,8 @@ def _run(step: Step, bench: Bench, result: Result) -> None:
         return
     began = time.monotonic()
     try:
-        with _within(left):
+        # Libraries print as they like: the report's lines alone go to stdout.
+        with redirect_stdout(sys.stderr), _within(left):
             step.run(bench, findings)
         result.state = FAILED if findings.faults else OK
         result.why = "; ".join(findings.faults)

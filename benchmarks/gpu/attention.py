@@ -27,7 +27,7 @@ def check(bench: Bench, findings: Findings) -> None:
         for dtype, precision in PRECISIONS.items():
             parts, upstream = _drawn(bench, sum(lengths), heads, groups, size)
             exact = _exact([part.to(dtype).double() for part in parts], upstream.to(dtype).double(), lengths)
-            ready = [part.to(dtype).requires_grad_() for part in parts]
+            ready = [part.to(dtype, copy=True).requires_grad_() for part in parts]
             plain = _errors(_plain(ready, lengths), ready, upstream.to(dtype), exact, lengths)
             for kernel in ("varlen", "sdpa"):
                 name = f"{kernel}, {heads}:{groups} heads of {size}, {precision}"

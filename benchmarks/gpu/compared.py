@@ -35,7 +35,7 @@ def compare(
         word = {"hidden": "states", "named": "gradients"}[kind]
         findings.holds(f"{name}: {word} of the same names", same, "some are missing or new")
         if same and ours:
-            findings.within(f"{name}: {word}", *_worst(ours, expected, dtype, plain and getattr(plain, kind)))
+            findings.within(f"{name}: {word}", *_worst(ours, expected, dtype, getattr(plain, kind, None)))
 
 
 def _worst(

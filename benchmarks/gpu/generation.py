@@ -116,7 +116,7 @@ def _asked(
 ) -> dict[str, torch.Tensor]:
     """The stock processor's inputs for one question."""
     processor = AutoProcessor.from_pretrained(folder, backend="pil")
-    parts = [{"type": "text", "text": question}]
+    parts: list[dict[str, Any]] = [{"type": "text", "text": question}]
     if picture is not None:
         parts.insert(0, {"type": "image", "image": picture})
     made = processor.apply_chat_template(

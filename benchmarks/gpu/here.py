@@ -14,12 +14,15 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.gpu.bench import PRECISIONS, Bench
 from benchmarks.gpu.findings import Findings
 from llava import attention
+from llava.attention import Kernel
+from llava.errors import RefusedInput
 from llava.training import memory
 
 PACKAGES = (
     "torch", "transformers", "triton", "pyarrow", "pillow", "numpy", "safetensors",
     "accelerate", "peft", "deepspeed", "flash-attn",
 )  # fmt: skip
+KERNELS: tuple[Kernel, ...] = ("varlen", "sdpa")
 _WORDS = ("attention", "attn", "flash", "fmha")
 
 
@@ -30,7 +33,11 @@ def check(bench: Bench, findings: Findings) -> None:
         head = bench.shape.sizes.language.head
         chosen = attention.choose("auto", bench.device, dtype, head)
         ran = _profiled(bench, dtype)
-        findings.figures.setdefault("attention", {})[precision] = {"chosen": chosen, "ran": ran}
+        findings.figures.setdefault("attention", {})[precision] = {
+            "available": {kernel: _available(kernel, bench, dtype, head) for kernel in KERNELS},
+            "chosen": chosen,
+            "ran": ran,
+        }
         wanted = "varlen" if chosen == "varlen" else "scaled_dot_product"
         said = ", ".join(sorted(ran)) or "nothing"
         findings.holds(
@@ -68,6 +75,15 @@ def about(device: torch.device) -> dict[str, Any]:
             "cudnn": torch.backends.cuda.cudnn_sdp_enabled(),
         },
     }
+
+
+def _available(kernel: Kernel, bench: Bench, dtype: torch.dtype, head: int) -> str:
+    """Whether a kernel runs here, or why not."""
+    try:
+        attention.choose(kernel, bench.device, dtype, head)
+        return "yes"
+    except RefusedInput as refused:
+        return str(refused).partition(";")[0]
 
 
 def _profiled(bench: Bench, dtype: torch.dtype) -> dict[str, int]:

@@ -182,8 +182,8 @@ def _measured(
                 if number and 2 * bench.left() - before < end:
                     break
         finally:
-            for side in entered:
-                side.close()
+            for entrant in entered:
+                entrant.close()
     mine, *others = measured
     found: dict[str, Any] = {
         "shape": told(chosen) if bench.cuda else "tiny",
@@ -219,8 +219,8 @@ def _round(bench: Bench, entered: list[Any], measured: list[Measured], number: i
         if number:
             measured[turn].seconds.append(seconds)
         measured[turn].peak_bytes = max(measured[turn].peak_bytes, peak)
-    for turn, side in enumerate(measured[1:], start=1):
-        side.loss = max(side.loss, abs(losses[turn] / losses[0] - 1))
+    for turn, found in enumerate(measured[1:], start=1):
+        found.loss = max(found.loss, abs(losses[turn] / losses[0] - 1))
 
 
 def _chosen(bench: Bench, stage: int, card: Gpu | None) -> Fitted:

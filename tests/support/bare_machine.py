@@ -1,6 +1,7 @@
 """A machine on which only some packages are installed: what else this one has cannot be found.
 
-A python that finds `sitecustomize.py` on PYTHONPATH runs it first; BARE_MACHINE tells it which modules are not there.
+A python that finds a module sitecustomize on PYTHONPATH runs it first; BARE_MACHINE names the modules that are not
+there.
 """
 
 import os
