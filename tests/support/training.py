@@ -1,5 +1,6 @@
 """Training on real processes without Ray: a tiny world, and a group of ranks that trains on it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ ADAPTERS = lora.Lora(rank=8, alpha=16, dropout=0.1)
 Where = tuple[Path, Path]
 
 
-def make_world(folder: Path) -> Where:
-    """A model folder, and a dataset in which every third sample is text only."""
-    return tiny_llava(folder / "model"), write_mixed(folder / "data.parquet", 120)
+def make_world(folder: Path, **language: Any) -> Where:
+    """A model folder, and a dataset in which every third sample is text only. `language`: as `tiny_llava`."""
+    return tiny_llava(folder / "model", **language), write_mixed(folder / "data.parquet", 120)
 
 
 def _engine(made: TrainingParts, task: dict[str, Any]) -> Engine:
@@ -34,12 +35,12 @@ def _engine(made: TrainingParts, task: dict[str, Any]) -> Engine:
     from components.training.deepspeed_engine import DeepSpeedEngine, prepare_environment
 
     prepare_environment("cpu")
-    config = deepspeed_config(task["zero"], 1.0, bf16=False)
+    config = deepspeed_config(task["zero"], 1.0, bf16=False, user=task.get("deepspeed"))
     return DeepSpeedEngine(made.module, adamw, config, made.collator.blank_row())
 
 
 def _train(where: Where, task: dict[str, Any]) -> Any:
-    adapters = ADAPTERS if task.get("lora") else None
+    adapters = replace(ADAPTERS, dropout=task.get("dropout", ADAPTERS.dropout)) if task.get("lora") else None
     made = pieces(*where, task["stage"], task["tokens_per_row"], adapters=adapters)
     identity = {"seed": 3, "frozen": checkpoint.frozen_digest(made.stock)}
     engine = _engine(made, task)
@@ -66,7 +67,8 @@ def _train(where: Where, task: dict[str, Any]) -> Any:
 def train_group(where: Where, workers: int, **task: Any) -> tuple[list[float], torch.Tensor]:
     """Losses and weights of a run on `workers` real processes.
 
-    `task`: stage, tokens_per_row, zero (0: plain torch), lora, checkpointing, fused, scales, stop_at, save, resume.
+    `task`: stage, tokens_per_row, zero (0: plain torch), lora, dropout, checkpointing, fused, scales, stop_at, save,
+    resume, deepspeed (a user's JSON).
     """
     task = {"stage": 2, "tokens_per_row": 1000, "zero": 0, **task}
     if workers == 1 and not task["zero"]:
