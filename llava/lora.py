@@ -63,8 +63,8 @@ def reach(config: Any) -> Reach:
 
 def _reach(text: Any) -> Reach:
     layers = layers_of(text)
-    fused = [parameter.numel() for _, _, parameter in _fused(layers)]
-    linear = [module.weight.numel() for _, module in _linear(layers)]
+    fused = [parameter.numel() for _, _, parameter in stacks(layers)]
+    linear = [module.weight.numel() for _, module in linear_layers(layers)]
     return Reach((sum(fused) + sum(linear)) / sum(p.numel() for p in layers.parameters()), len(fused))
 
 
@@ -91,14 +91,14 @@ def _refuse(kind: str, found: Reach, lora: Lora, prefix: str) -> None:
         )
 
 
-def _linear(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+def linear_layers(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """Each linear layer, by its name."""
     for name, found in module.named_modules():
         if isinstance(found, nn.Linear):
             yield name, found
 
 
-def _fused(module: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
+def stacks(module: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
     """Each stack of matrices: the name of the module that has it, its own name there, the parameter.
 
     Torch's own modules have three dimensions for convolutions; a stack of one, or of vectors, is none of matrices.
@@ -130,9 +130,9 @@ def inject(model: Any, lora: Lora, seed: int) -> None:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         bias="none",
-        target_modules=[name for name, _ in _linear(bare)],
+        target_modules=[name for name, _ in linear_layers(bare)],
     )
-    fused = [(name, own) for name, own, _ in _fused(language)]
+    fused = [(name, own) for name, own, _ in stacks(language)]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         inject_adapter_in_model(config, bare, adapter_name=_LINEAR)

@@ -109,9 +109,12 @@ def _choose(job: Job[Any], coverage: Coverage, training: Training) -> None:
 
 def _lora_share(stage: str, config: Any, settings: TrainSettings) -> float:
     """The share of the weights of the language model's layers that gets adapters; refuses where none can be put."""
-    from llava import lora
+    from llava import lora, quantized
 
-    return lora.check(config.text_config, settings.adapters(), prefix=f"{stage}.").share
+    found = lora.check(config.text_config, settings.adapters(), f"{stage}.")
+    if settings.lora_bits == 4:
+        quantized.refuse_experts(config.text_config.model_type, found.fused, f"{stage}.")
+    return found.share
 
 
 def _note_reach(job: Job[Any], share: float) -> None:

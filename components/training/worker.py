@@ -18,7 +18,7 @@ from components.training.run import Run, observers_of
 from components.training.settings import TrainSettings
 from components.training.task import Task
 from components.training.utilisation import utilisation
-from llava import lora
+from llava import lora, quantized
 from llava import model as models
 from llava.conversation import Encoder
 from llava.data.collate import Collator
@@ -83,6 +83,8 @@ class _Setup:
         dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
         self.source = task.model.local(MODEL)
         stock = models.load(self.source, dtype)
+        if settings.lora_bits == 4:
+            quantized.quantize(stock, device)
         module: nn.Module = stock
         module.to(device=device)
         processor = models.load_processor(self.source, settings.image_fit)

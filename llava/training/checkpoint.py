@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from llava.errors import LlavaError
+from llava.quantized import parts
 from llava.training.engine import TrainingState
 
 STATE = "state.json"
@@ -61,9 +62,8 @@ def frozen_digest(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(module.named_parameters()):
         if not parameter.requires_grad:
-            rows = (
-                torch.hash_tensor(parameter.flatten(1), dim=1) if parameter.dim() > 1 else parameter.flatten()
-            )
-            bits = rows.contiguous().cpu().view(torch.uint8).numpy().tobytes()
-            digest.update(f"{name} {tuple(parameter.shape)}".encode() + bits)
+            for part, tensor in sorted(parts(parameter).items()):
+                rows = torch.hash_tensor(tensor.flatten(1), dim=1) if tensor.dim() > 1 else tensor.flatten()
+                bits = rows.contiguous().cpu().view(torch.uint8).numpy().tobytes()
+                digest.update(f"{name}{part} {tuple(tensor.shape)}".encode() + bits)
     return digest.hexdigest()

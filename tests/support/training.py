@@ -41,7 +41,7 @@ def _engine(made: TrainingParts, task: dict[str, Any]) -> Engine:
 
 def _train(where: Where, task: dict[str, Any]) -> Any:
     adapters = replace(ADAPTERS, dropout=task.get("dropout", ADAPTERS.dropout)) if task.get("lora") else None
-    made = pieces(*where, task["stage"], task["tokens_per_row"], adapters=adapters)
+    made = pieces(*where, task["stage"], task["tokens_per_row"], adapters=adapters, bits=task.get("bits", 16))
     identity = {"seed": 3, "frozen": checkpoint.frozen_digest(made.stock)}
     engine = _engine(made, task)
     first = 0
@@ -67,8 +67,8 @@ def _train(where: Where, task: dict[str, Any]) -> Any:
 def train_group(where: Where, workers: int, **task: Any) -> tuple[list[float], torch.Tensor]:
     """Losses and weights of a run on `workers` real processes.
 
-    `task`: stage, tokens_per_row, zero (0: plain torch), lora, dropout, checkpointing, fused, scales, stop_at, save,
-    resume, deepspeed (a user's JSON).
+    `task`: stage, tokens_per_row, zero (0: plain torch), lora, dropout, bits, checkpointing, fused, scales, stop_at,
+    save, resume, deepspeed (a user's JSON).
     """
     task = {"stage": 2, "tokens_per_row": 1000, "zero": 0, **task}
     if workers == 1 and not task["zero"]:
