@@ -83,12 +83,12 @@ class _Setup:
         dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
         self.source = task.model.local(MODEL)
         stock = models.load(self.source, dtype)
+        models.set_trainable(stock, list(task.parts))
         if settings.lora_bits == 4:
             quantized.quantize(stock, device)
         module: nn.Module = stock
         module.to(device=device)
         processor = models.load_processor(self.source, settings.image_fit)
-        models.set_trainable(stock, list(task.parts))
         if task.training == "lora":
             lora.inject(stock, settings.adapters(), settings.seed)
             module.to(device=device, dtype=dtype)
