@@ -16,7 +16,7 @@ from typing import Literal
 
 from llava.choices import Checkpointing
 from llava.errors import RefusedInput
-from llava.sizes import Flops, Sizes, Training, Work, flops, read_layers
+from llava.sizes import Flops, Sizes, Training, Work, flops, nf4_bytes, read_layers
 
 GIB = 2**30
 CHECKPOINTING: tuple[Checkpointing, ...] = ("none", "selective", "full")
@@ -75,6 +75,8 @@ class Setup:
     precision: Literal["fp32", "bf16"] = "bf16"
     lora_rank: int = 0
     lora_dropout: bool = True
+    lora_bits: int = 16
+    """Of the language model's matrices: 4 is QLoRA."""
     fused_loss: bool = False
     """Whether the vocabulary projection and its cross-entropy are computed in chunks."""
     reduce_bucket: int = 500_000_000
@@ -185,16 +187,20 @@ def memory(sizes: Sizes, setup: Setup, work: Work) -> Memory:
     """What each GPU holds while it computes a row that asks for `work`."""
     learning = sizes.trainable(setup.training, setup.lora_rank)
     stored = sizes.parameters + (learning - sizes.trainable("frozen") if setup.training == "lora" else 0)
-    weights, gradients, optimizer, buffers, update = _static(sizes, setup, stored, learning)
+    gradients, optimizer, buffers, update = _static(setup, stored, learning)
     a = setup.element
+    if setup.lora_bits == 4:
+        # What is dequantised, a layer of it at most: some kernels keep a matrix until the next is there.
+        buffers += a * sizes.language.layer_weights
     kept = a * sizes.language.hidden * work.tokens
     layer = _layer(sizes, setup) * work.tokens
     whole = {"none": layer, "selective": _selective(sizes, setup) * work.tokens, "full": kept}
     ends = kept + _norm(sizes, setup) * work.tokens + _projector(sizes, setup) * work.images
+    loaded = _weights(sizes, replace(setup, zero_stage=0), stored)
     vision = sizes.vision
     states = (read_layers(sizes) + 1) * vision.hidden + 2 * vision.intermediate
     return Memory(
-        weights=weights,
+        weights=_weights(sizes, setup, stored),
         gradients=gradients,
         optimizer=optimizer,
         activations=sizes.language.layers * whole[setup.checkpointing] + ends,
@@ -203,30 +209,38 @@ def memory(sizes: Sizes, setup: Setup, work: Work) -> Memory:
         vision=a * states * vision.positions * work.images,
         update=update,
         buffers=buffers,
-        start=a * (stored / setup.gpus + _block(sizes)) if setup.zero_stage == 3 else 0,
+        start=loaded / setup.gpus + a * _block(sizes) if setup.zero_stage == 3 else 0,
     )
 
 
-def _static(
-    sizes: Sizes, setup: Setup, stored: int, learning: int
-) -> tuple[float, float, float, float, float]:
-    """Weights, gradients, optimizer, buffers and the update's copies, by ZeRO stage."""
+def _weights(sizes: Sizes, setup: Setup, stored: int) -> float:
+    """Bytes of `stored` parameters. Of matrices in 4 bit ZeRO-3 cuts the codes, not what scales them."""
+    a, gpus = setup.element, setup.gpus if setup.zero_stage == 3 else 1
+    if setup.lora_bits == 16:
+        return a * stored / gpus
+    codes, matrices = sizes.language.token_weights / 2, sizes.language.linear
+    scales = sizes.language.layers * sum(nf4_bytes(*each) for each in matrices) - codes
+    return (a * (stored - sizes.language.token_weights) + codes) / gpus + scales
+
+
+def _static(setup: Setup, stored: int, learning: int) -> tuple[float, float, float, float]:
+    """Gradients, optimizer, buffers and the update's copies, by ZeRO stage."""
     a, n = setup.element, setup.gpus
     if setup.zero_stage == 0:
-        return a * stored, a * learning, 2 * a * learning, 0, 0
+        return a * learning, 2 * a * learning, 0, 0
     # fp32 copy and two moments, cut over the GPUs from stage 1 on.
     optimizer = 0 if setup.offload else 12 * learning / n
     bucket = a * setup.reduce_bucket
     if setup.zero_stage == 1:
         # In bf16 the sums of a step are fp32, whole on each GPU, beside the gradient of the last row.
         gradients = float((4 + (a if a < 4 else 0)) * learning)
-        return a * stored, gradients, optimizer, 0 if a < 4 else bucket, 0
+        return gradients, optimizer, 0 if a < 4 else bucket, 0
     gradients = 0 if setup.offload else 4 * learning / n
     if setup.zero_stage == 2:
-        return a * stored, gradients, optimizer, bucket, 0
+        return gradients, optimizer, bucket, 0
     gathered = a * min(setup.live_parameters, stored)
     update = 0 if setup.offload else 4 * min(setup.live_parameters, learning / n)
-    return a * stored / n, gradients, optimizer, bucket + gathered, update
+    return gradients, optimizer, bucket + gathered, update
 
 
 def _block(sizes: Sizes) -> int:

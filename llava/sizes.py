@@ -181,6 +181,21 @@ def read_layers(sizes: Sizes) -> int:
     return sizes.feature_layer % (sizes.vision.layers + 1)
 
 
+NF4_BLOCK = 64
+"""Weights of a matrix in 4 bit that share a scale (arXiv 2305.14314, section 3)."""
+
+
+def nf4_bytes(inputs: int, outputs: int) -> int:
+    """Bytes of a matrix in 4 bit whose scales are quantised once more.
+
+    Half a byte for each weight, a byte for each block, 4 for each 256 blocks; and beside each matrix, in fp32, the
+    values that 4 and 8 bits stand for, and the mean of the scales.
+    """
+    weights = inputs * outputs
+    blocks = -(-weights // NF4_BLOCK)
+    return -(-weights // 2) + blocks + 4 * -(-blocks // 256) + 4 * (16 + 256 + 1)
+
+
 def flops_per_token(sizes: Sizes, training: Training) -> int:
     """4N where the language model is frozen or carries LoRA, 6N where it learns: what MFU counts per token."""
     return (6 if training == "full" else 4) * sizes.language.token_weights

@@ -28,6 +28,7 @@ def setup_of(settings: TrainSettings, training: Training, gpus: int) -> Setup:
         precision=settings.precision,
         lora_rank=settings.lora_rank if training == "lora" else 0,
         lora_dropout=settings.lora_dropout > 0,
+        lora_bits=settings.lora_bits,
         fused_loss=settings.fused_loss,
         offload=settings.offloads,
         **fixed,

@@ -100,6 +100,10 @@ class TrainSettings(Settings):
     lora_rank: int = Field(128, gt=0, description="Inner size of the adapters")
     lora_alpha: int = Field(256, gt=0, description="The adapters count alpha / rank times")
     lora_dropout: float = Field(0.05, ge=0, lt=1, description="Of the adapters' input")
+    lora_bits: Literal[16, 4] = Field(
+        16,
+        description="Of the language model's linear layers while adapters train: 4 is QLoRA; the checkpoint has 16",
+    )
 
     workers: int = run_field(1, gt=0, description="Ray Train workers; one GPU each where there are GPUs")
     min_workers: int | None = run_field(
@@ -160,6 +164,7 @@ class TrainSettings(Settings):
             raise ValueError(f"min_workers {self.min_workers} is above workers {self.workers}")
         if self.lora and find_spec("peft") is None:
             raise ValueError("lora needs peft: pip install 'llava-workflow[lora]', or set lora=false")
+        self._refuse_4_bit()
         self._refuse_attention()
         if self.compile and self.zero_stage == 3:
             raise ValueError(
@@ -178,6 +183,18 @@ class TrainSettings(Settings):
             )
         self.deepspeed()
         return self
+
+    def _refuse_4_bit(self) -> None:
+        if self.lora_bits == 16:
+            return
+        if not self.lora:
+            raise ValueError(
+                "lora_bits=4 keeps the weights beside adapters in 4 bit: set lora=true, or lora_bits=16"
+            )
+        if find_spec("bitsandbytes") is None:
+            raise ValueError(
+                "lora_bits=4 needs bitsandbytes: pip install 'llava-workflow[qlora]', or set lora_bits=16"
+            )
 
     def _refuse_attention(self) -> None:
         if self.attention == AUTO:

@@ -64,13 +64,15 @@ class TrainingStage(Component):
 
     def check_input(self, settings: Any, name: str, artifact: Artifact) -> None:
         """Refuse, before training, what `check` refuses of the data, and a model that reads samples of `max_length`
-        otherwise than training does, before data is made."""
+        otherwise than training does or has no place for LoRA, before data is made."""
         if name == "dataset":
             data.check_heldout(self.name, settings, artifact)
         if name == "model" and artifact.folder.stat(f"{MODEL}/config.json") is not None:
             with tempfile.TemporaryDirectory() as folder:
                 artifact.folder.download(f"{MODEL}/config.json", Path(folder) / "config.json")
-                _check_length(Path(folder), settings.max_length)
+                config = _check_length(Path(folder), settings.max_length)
+            if settings.lora:
+                _lora_share(self.name, config, settings)
 
     def external(self, settings: Any) -> dict[str, str]:
         """The further datasets."""
@@ -96,11 +98,28 @@ def _choose(job: Job[Any], coverage: Coverage, training: Training) -> None:
         sizes = llava_sizes(config.to_dict())
     except RefusedInput:
         sizes = None
+    if job.settings.lora:
+        _note_reach(job, _lora_share(job.component, config, job.settings))
     images = int(SampleIndex.load(job.scratch / INDEX).images.sum())
     job.settings, told = auto.choose(job.component, job.settings, training, sizes, coverage, images)
     if told:
         job.notes["chosen"] = told
         job.say(told)
+
+
+def _lora_share(stage: str, config: Any, settings: TrainSettings) -> float:
+    """The share of the weights of the language model's layers that gets adapters; refuses where none can be put."""
+    from llava import lora, quantized
+
+    found = lora.check(config.text_config, settings.adapters(), f"{stage}.")
+    if settings.lora_bits == 4:
+        quantized.refuse_experts(config.text_config.model_type, found.fused, f"{stage}.")
+    return found.share
+
+
+def _note_reach(job: Job[Any], share: float) -> None:
+    job.notes["lora"] = {"adapted_share": share}
+    job.say(f"LoRA adapts {100 * share:.1f} % of the language model's layer weights")
 
 
 def _check_length(folder: Path, max_length: int) -> Any:

@@ -19,7 +19,7 @@ from components.training.run import Run, observers_of
 from components.training.settings import TrainSettings
 from components.training.task import Task
 from components.training.utilisation import utilisation
-from llava import lora
+from llava import lora, quantized
 from llava import model as models
 from llava.conversation import Encoder
 from llava.data.collate import Collator
@@ -94,11 +94,14 @@ class _Setup:
         self.source = task.model.local(MODEL)
         # As it is stored, the system maps it: one copy for all ranks of a node, and none that is theirs.
         stock = models.load(self.source, models.dtype_of(models.load_config(self.source)))
-        processor = models.load_processor(self.source, settings.image_fit)
         models.set_trainable(stock, list(task.parts))
+        cost = models.image_cost(stock)
+        if settings.lora_bits == 4:
+            quantized.quantize(stock, device, dtype)
+        processor = models.load_processor(self.source, settings.image_fit)
         if task.training == "lora":
             lora.inject(stock, settings.adapters(), settings.seed)
-        cost, frozen = models.image_cost(stock), FrozenDigest()
+        frozen = FrozenDigest()
         cut = partial(partition, config=task.deepspeed) if settings.zero_stage == 3 else None
         place(stock, device, dtype, frozen.add, cut)
         pixels = Pixels(processor.image_processor)

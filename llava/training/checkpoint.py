@@ -20,6 +20,7 @@ from torch import nn
 
 from llava.data.jsonl import from_json
 from llava.errors import LlavaError
+from llava.quantized import parts
 from llava.tensor_file import Form, TensorFile
 
 STATE = "state.json"
@@ -292,11 +293,12 @@ class FrozenDigest:
     def add(self, name: str, parameter: torch.Tensor) -> None:
         """Count `parameter` in, unless it trains."""
         if not parameter.requires_grad:
-            rows = (
-                torch.hash_tensor(parameter.flatten(1), dim=1) if parameter.dim() > 1 else parameter.flatten()
-            )
-            bits = rows.contiguous().cpu().view(torch.uint8).numpy().tobytes()
-            self._found[name] = f"{name} {tuple(parameter.shape)}".encode() + bits
+            bits = b""
+            for part, tensor in sorted(parts(parameter).items()):
+                rows = torch.hash_tensor(tensor.flatten(1), dim=1) if tensor.dim() > 1 else tensor.flatten()
+                bits += f"{name}{part} {tuple(tensor.shape)}".encode()
+                bits += rows.contiguous().cpu().view(torch.uint8).numpy().tobytes()
+            self._found[name] = bits
 
     def hexdigest(self) -> str:
         """The sha256 of all, in the order of their names."""

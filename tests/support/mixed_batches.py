@@ -8,7 +8,7 @@ import torch
 from pyarrow import fs
 
 from components.tiny_world import scenes
-from llava import lora
+from llava import lora, quantized
 from llava import model as models
 from llava.conversation import Encoder
 from llava.data.collate import Collator
@@ -74,11 +74,14 @@ def pieces(
     tokens_per_row: int,
     global_batch: int = 12,
     adapters: lora.Lora | None = None,
+    bits: int = 16,
 ) -> TrainingParts:
-    """The pieces of one run in fp32; with `adapters` the language model trains through LoRA."""
+    """The pieces of one run in fp32; with `adapters` the language model trains through LoRA, its own in `bits`."""
     stock, processor = models.load(model, torch.float32), models.load_processor(model)
     view, template, parts = STAGES[stage]
     models.set_trainable(stock, parts)
+    if bits == 4:
+        quantized.quantize(stock, torch.device("cpu"))
     if adapters is not None:
         lora.inject(stock, adapters, seed=5)
     pixels = Pixels(processor.image_processor)

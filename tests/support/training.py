@@ -1,6 +1,7 @@
 """Training on real processes without Ray: a tiny world, and a group of ranks that trains on it."""
 
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ ADAPTERS = lora.Lora(rank=8, alpha=16, dropout=0.1)
 Where = tuple[Path, Path]
 
 
-def make_world(folder: Path) -> Where:
-    """A model folder, and a dataset in which every third sample is text only."""
-    return tiny_llava(folder / "model"), write_mixed(folder / "data.parquet", 120)
+def make_world(folder: Path, **language: Any) -> Where:
+    """A model folder, and a dataset in which every third sample is text only. `language`: as `tiny_llava`."""
+    return tiny_llava(folder / "model", **language), write_mixed(folder / "data.parquet", 120)
 
 
 def _engine(made: TrainingParts, task: dict[str, Any]) -> Engine:
@@ -38,7 +39,11 @@ def _engine(made: TrainingParts, task: dict[str, Any]) -> Engine:
 
     prepare_environment("cpu")
     config = deepspeed_config(
-        task["zero"], 1.0, bf16=bool(task.get("bf16")), offload=task.get("offload", "no")
+        task["zero"],
+        1.0,
+        bf16=bool(task.get("bf16")),
+        user=task.get("deepspeed"),
+        offload=task.get("offload", "no"),
     )
     if task.get("placed"):
         dtype = torch.bfloat16 if task.get("bf16") else torch.float32
@@ -48,8 +53,8 @@ def _engine(made: TrainingParts, task: dict[str, Any]) -> Engine:
 
 
 def _train(where: Where, task: dict[str, Any]) -> Any:
-    adapters = ADAPTERS if task.get("lora") else None
-    made = pieces(*where, task["stage"], task["tokens_per_row"], adapters=adapters)
+    adapters = replace(ADAPTERS, dropout=task.get("dropout", ADAPTERS.dropout)) if task.get("lora") else None
+    made = pieces(*where, task["stage"], task["tokens_per_row"], adapters=adapters, bits=task.get("bits", 16))
     identity = {"seed": 3, "frozen": checkpoint.frozen_digest(made.stock)}
     engine = _engine(made, task)
     first = 0
@@ -82,8 +87,9 @@ def shape_of(parameter: Any) -> torch.Size:
 def train_group(where: Where, workers: int, **task: Any) -> tuple[list[float], torch.Tensor]:
     """Losses and weights of a run on `workers` real processes.
 
-    `task`: stage, tokens_per_row, zero (0: plain torch), lora, checkpointing, fused, scales, stop_at, save, resume,
-    bf16, offload (see `deepspeed_config`), placed (as a worker places it, which is cut at once in ZeRO-3).
+    `task`: stage, tokens_per_row, zero (0: plain torch), lora, dropout, bits, checkpointing, fused, scales, stop_at,
+    save, resume, bf16, deepspeed (a user's JSON), offload (see `deepspeed_config`), placed (as a worker places it, which
+    is cut at once in ZeRO-3).
     """
     task = {"stage": 2, "tokens_per_row": 1000, "zero": 0, **task}
     if workers == 1 and not task["zero"]:

@@ -30,6 +30,15 @@ EXPECTED = {
     "llava-v1.5-7b": (sizes.CLIP_L14_336, sizes.VICUNA_7B, 20_979_712, 576, (256, 1e-3), (128, 2e-5), 1),
     "llava-v1.5-13b": (sizes.CLIP_L14_336, sizes.VICUNA_13B, 31_467_520, 576, (256, 1e-3), (128, 2e-5), 1),
     "llava-v1.5-7b-lora": (sizes.CLIP_L14_336, sizes.VICUNA_7B, 20_979_712, 576, (256, 1e-3), (128, 2e-4), 1),
+    "llava-v1.5-7b-qlora": (
+        sizes.CLIP_L14_336,
+        sizes.VICUNA_7B,
+        20_979_712,
+        576,
+        (256, 1e-3),
+        (128, 2e-4),
+        1,
+    ),
     "llava-v1.5-13b-lora": (
         sizes.CLIP_L14_336,
         sizes.VICUNA_13B,
@@ -61,7 +70,8 @@ def test_a_preset_is_the_papers_recipe(name: str) -> None:
     assert (finetune.global_batch, finetune.learning_rate) == second
     assert (pretrain.template, pretrain.epochs) == ("plain", 1)
     assert (finetune.template, finetune.epochs) == ("v1", epochs)
-    assert finetune.lora is name.endswith("-lora")
+    assert finetune.lora is name.endswith("lora")
+    assert finetune.lora_bits == (4 if "qlora" in name else 16)
     if finetune.lora:
         assert (finetune.lora_rank, finetune.lora_alpha, finetune.projector_learning_rate) == (128, 256, 2e-5)
     for stage in (pretrain, finetune):
@@ -71,7 +81,8 @@ def test_a_preset_is_the_papers_recipe(name: str) -> None:
             "bf16",
             2048,
         )
-        assert (stage.workers, stage.gpu, stage.global_batch % stage.workers) == (8, True, 0)
+        workers = 1 if "qlora" in name else 8
+        assert (stage.workers, stage.gpu, stage.global_batch % stage.workers) == (workers, True, 0)
 
 
 @pytest.mark.parametrize("name", PAPERS)
@@ -122,7 +133,8 @@ def test_eight_cards_of_80_gb_train_every_preset_and_batches_come_out_even(name:
         # Sharding: with ZeRO-3 a card holds an eighth of everything that is stored or updated.
         third = next(choice for choice in each.found if choice.setup.zero_stage == 3)
         stored = model.parameters + (model.language.lora_parameters(128) if each.training == "lora" else 0)
-        assert third.memory.weights == 2 * stored / 8
+        if settings.lora_bits == 16:
+            assert third.memory.weights == 2 * stored / 8
         assert third.memory.optimizer == 12 * each.learning / 8
     hours = {each.stage: each.hours for each in stages}
     assert 0 < hours["pretrain"] < 6 and 0 < hours["finetune"] < 24
@@ -280,6 +292,18 @@ def test_a_refusal_says_what_would_fit_and_it_does(
 def test_lora_is_what_one_card_can_train(llava: Command) -> None:
     assert llava("llava-v1.5-7b", "--gpus", "1", "--gpu", "a100-80g")[0] == 2
     assert llava("llava-v1.5-7b-lora", "--gpus", "1", "--gpu", "a100-80g")[0] == 0
+
+
+def test_qlora_is_what_one_card_of_24_gb_can_train_with_room_to_spare(llava: Command) -> None:
+    _, _, stages = plan("llava-v1.5-7b-qlora", [], gpus=1, gpu="rtx4090-24g", mfu=0.4)
+    assert [each.best.roomy for each in stages] == [True, True]
+    half, whole = (
+        plan("llava-v1.5-7b-qlora", [f"finetune.lora_bits={bits}"], 1, "a100-80g", 0.4)[2][1]
+        for bits in (4, 16)
+    )
+    saved = whole.found[0].memory.weights - half.found[0].memory.weights
+    # 16 bits of each weight become four, and 0.127 bits of scales (arXiv 2305.14314, section 3).
+    assert saved == pytest.approx(sizes.VICUNA_7B.token_weights * (16 - 4.127) / 8, rel=1e-4)
 
 
 def test_the_tiny_preset_is_estimated_from_its_towers(llava: Command) -> None:

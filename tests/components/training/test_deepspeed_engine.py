@@ -11,6 +11,7 @@ from components.training.deepspeed_config import deepspeed_config
 from llava.model import load, set_trainable
 from llava.training import checkpoint
 from llava.training.engine import AdamW, trainable
+from tests.support.mixtures import FUSED
 from tests.support.training import make_world, train_group
 
 
@@ -101,6 +102,20 @@ def test_lora_trains_in_zero_as_in_plain_torch_and_resumes_exactly(
     resumed, again = train_group(world, 2, zero=zero, resume=tmp_path / "checkpoint", **options)
     assert begun + resumed == losses
     assert torch.equal(again, weights)
+
+
+@pytest.mark.parametrize("zero", [pytest.param(2, marks=pytest.mark.drill), 3])
+def test_lora_of_fused_experts_trains_in_zero_as_in_plain_torch(
+    tmp_path_factory: pytest.TempPathFactory, zero: int
+) -> None:
+    mixture = make_world(tmp_path_factory.mktemp("experts"), **FUSED["mixtral"])
+    options: dict[str, Any] = {"lora": True, "dropout": 0.0, "checkpointing": "full", "stop_at": 6}
+    plain, expected = train_group(mixture, 1, **options)
+    # Nothing is so small that each rank keeps it whole.
+    whole = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    losses, weights = train_group(mixture, 2, zero=zero, deepspeed=whole, **options)
+    assert losses == pytest.approx(plain, abs=1e-4)
+    assert torch.allclose(weights, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("zero", [pytest.param(2, marks=pytest.mark.drill), 3])

@@ -38,6 +38,11 @@ def refusal(*overrides: str) -> str:
             ["finetune.attention=flash_attention_2"],
             "finetune: attention 'flash_attention_2' cannot pack: it does not know where a sample ends; choose one of",
         ),
+        (
+            ["finetune.lora_bits=4"],
+            "finetune: lora_bits=4 keeps the weights beside adapters in 4 bit: set lora",
+        ),
+        (["finetune.lora=true", "finetune.lora_bits=8"], "finetune.lora_bits: Input should be 16 or 4"),
         (["finetune.attention=varlen"], "finetune: attention varlen needs gpu=true and precision=bf16"),
         (["finetune.gradient_clipping=null"], "finetune.gradient_clipping: Input should be a valid number"),
         (["finetune.spike_factor=1"], "finetune.spike_factor: Input should be greater than 1"),
@@ -87,3 +92,8 @@ def test_a_deepspeed_json_adds_what_ours_leaves_open(tmp_path: Path) -> None:
 def test_lora_without_peft_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settings, "find_spec", lambda name: None)
     assert "pip install 'llava-workflow[lora]'" in refusal("finetune.lora=true")
+
+
+def test_4_bit_without_bitsandbytes_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "find_spec", lambda name: None if name == "bitsandbytes" else name)
+    assert "pip install 'llava-workflow[qlora]'" in refusal("finetune.lora=true", "finetune.lora_bits=4")

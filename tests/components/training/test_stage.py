@@ -223,6 +223,33 @@ def test_lora_ends_in_a_stock_model_in_which_only_the_language_models_matrices_a
     assert changed == matrices | {name for name in before if "multi_modal_projector" in name}
 
 
+def test_qlora_ends_in_a_stock_model_with_the_very_base_that_it_began_with(
+    run_in: Run, inputs: dict[str, Artifact], lines: Lines
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    settings = FinetuneSettings(
+        **SMALL,
+        template="chatml",
+        workers=2,
+        zero_stage=2,
+        lora=True,
+        lora_rank=8,
+        lora_alpha=16,
+        lora_bits=4,
+    )
+    trained = run_in(Finetune(), settings, inputs).artifact
+    before, after = weights(inputs["model"]), weights(trained)
+    assert {name: value.shape for name, value in after.items()} == {n: v.shape for n, v in before.items()}
+    thin = [
+        torch.linalg.matrix_rank(after[name] - before[name], rtol=1e-4)
+        for name in before
+        if "_proj" in name and ".layers." in name and "vision_tower" not in name
+    ]
+    assert len(thin) == 14 and 0 < max(thin) <= 8
+    assert losses(trained)[-1] < losses(trained)[0]
+    assert trained.manifest.notes["lora"]["adapted_share"] > 0.99
+
+
 def test_a_jump_of_the_loss_names_its_samples_in_the_log_the_history_and_mlflow(
     adapted: tuple[Artifact, Lines], mlflow_db: str
 ) -> None:
