@@ -13,7 +13,7 @@ def place(
     stock: Any,
     device: torch.device,
     dtype: torch.dtype,
-    see: Callable[[str, torch.Tensor], None],
+    see: Callable[[str, nn.Parameter], None],
     cut: Callable[[nn.Module], None] | None = None,
 ) -> None:
     """Move a stock LLaVA to `device` as if it had been loaded there in `dtype`.

@@ -58,8 +58,9 @@ def quantize(model: Any, device: torch.device, dtype: torch.dtype | None = None)
 def _in_4_bit(linear: nn.Linear, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
     import bitsandbytes
 
+    layers: Any = bitsandbytes.nn
     weight = linear.weight.detach().to(device, dtype)
-    made: Any = bitsandbytes.nn.Linear4bit(
+    made: Any = layers.Linear4bit(
         linear.in_features,
         linear.out_features,
         bias=linear.bias is not None,
@@ -70,7 +71,7 @@ def _in_4_bit(linear: nn.Linear, device: torch.device, dtype: torch.dtype | None
     codes, state = bitsandbytes.functional.quantize_4bit(
         weight, blocksize=NF4_BLOCK, compress_statistics=True, quant_type="nf4"
     )
-    made.weight = bitsandbytes.nn.Params4bit(
+    made.weight = layers.Params4bit(
         codes, quant_state=state, blocksize=NF4_BLOCK, quant_type="nf4", module=made, bnb_quantized=True
     )
     made.quant_state = state

@@ -290,7 +290,7 @@ class FrozenDigest:
         self._found: dict[str, bytes] = {}
 
     @torch.no_grad()
-    def add(self, name: str, parameter: torch.Tensor) -> None:
+    def add(self, name: str, parameter: nn.Parameter) -> None:
         """Count `parameter` in, unless it trains."""
         if not parameter.requires_grad:
             bits = b""

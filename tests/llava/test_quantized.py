@@ -1,5 +1,6 @@
 """QLoRA: 4-bit weights beside adapters, against a stock model with the same weights in fp32."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from llava import lora, quantized
 from llava import model as models
 from llava.errors import LlavaError, RefusedInput
 from llava.estimate import Corpus, Setup, choices, gpu, memory
+from llava.learned import Learned
 from llava.sizes import CLIP_L14_336, VICUNA_13B, Sizes, Work, llava_sizes
 from llava.training import checkpoint
-from llava.training.engine import AdamW, PlainEngine, TrainingState
+from llava.training.engine import AdamW, PlainEngine
 from llava.training.loop import Schedule, StepReport, train
 from llava.training.memory import checkpoint_activations, compile_layers
 from tests.llava.test_lora import logits
@@ -119,15 +121,14 @@ def test_a_run_learns_and_merges_into_a_stock_model_as_near_as_quantising_lets_i
     train(engine, made.collator, Schedule(12, 1e-2, 0.1), 0, after)
     assert losses[-1] < 0.8 * losses[0]
     assert checkpoint.frozen_digest(made.stock) == frozen
-    state = engine.state()
-    assert state is not None and all("lora_" in n or "multi_modal_projector" in n for n in state.weights)
-    # As the export does it: adapters beside the weights that the stage began with.
-    stock = pieces(*world, 2, 1000, adapters=ADAPTERS).stock
-    with torch.no_grad():
-        for name, weight in state.weights.items():
-            stock.get_parameter(name).copy_(weight)
-    lora.merge(stock)
-    models.save(stock, made.processor, tmp_path / "model", "chatml")
+    checkpoint.save(tmp_path / "saved", engine, checkpoint.Position(12, {}, 12))
+    _, saved = checkpoint.opened(tmp_path / "saved", {})
+    assert all("lora_" in name or "multi_modal_projector" in name for name in saved.names)
+    learned = Learned(world[0], saved.names, partial(saved.whole, "weights"), torch.float32, ADAPTERS)
+    (tmp_path / "model").mkdir()
+    for file in learned.files:
+        learned.write(file, tmp_path / "model")
+    learned.write_rest(tmp_path / "model", "model", "chatml")
     merged = LlavaForConditionalGeneration.from_pretrained(tmp_path / "model")
     difference = apart(logits(made, made.stock), logits(made, merged))
     assert 0 < difference < 1.5 * rounding, (difference, rounding)
@@ -144,9 +145,9 @@ def test_another_base_has_another_digest(world: tuple[Path, Path], tmp_path: Pat
         stock.requires_grad_(False)
         digests.append(checkpoint.frozen_digest(stock))
     assert digests[0] == digests[2] != digests[1]
-    checkpoint.write(tmp_path, TrainingState(1), checkpoint.Position(1, {"frozen": digests[0]}))
+    written = checkpoint.position_json(checkpoint.Position(1, {"frozen": digests[0]}))
     with pytest.raises(LlavaError, match="frozen differ"):
-        checkpoint.read(tmp_path, {"frozen": digests[1]})
+        checkpoint.position_of(written, {"frozen": digests[1]}, "here")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

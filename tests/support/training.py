@@ -88,7 +88,7 @@ def train_group(where: Where, workers: int, **task: Any) -> tuple[list[float], t
     """Losses and weights of a run on `workers` real processes.
 
     `task`: stage, tokens_per_row, zero (0: plain torch), lora, dropout, bits, checkpointing, fused, scales, stop_at,
-    save, resume, bf16, deepspeed (a user's JSON), offload (see `deepspeed_config`), placed (as a worker places it, which
+    save, resume, bf16, deepspeed (a JSON), offload (see `deepspeed_config`), placed (as a worker places it, which
     is cut at once in ZeRO-3).
     """
     task = {"stage": 2, "tokens_per_row": 1000, "zero": 0, **task}
