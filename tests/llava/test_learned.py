@@ -13,6 +13,7 @@ from llava import lora
 from llava import model as models
 from llava.learned import Learned
 from llava.training.engine import trainable
+from tests.support.mixtures import FUSED
 from tests.support.tiny_llava import tiny_llava
 
 ADAPTERS = lora.Lora(rank=4, alpha=8, dropout=0.0)
@@ -51,6 +52,30 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
 
 
+def write(
+    source: Path,
+    weights: dict[str, torch.Tensor],
+    dtype: torch.dtype,
+    adapters: bool,
+    largest: int,
+    folder: Path,
+) -> Path:
+    """What the ranks write, the last file first."""
+    learned = Learned(
+        source,
+        set(weights),
+        lambda name, shape: weights[name].view(shape),
+        dtype,
+        ADAPTERS if adapters else None,
+        largest,
+    )
+    folder.mkdir()
+    for file in reversed(learned.files):
+        learned.write(file, folder)
+    learned.write_rest(folder, "model", "chatml")
+    return folder
+
+
 @pytest.mark.parametrize("adapters", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("largest", [2 << 30, 60_000])
@@ -62,20 +87,7 @@ def test_the_pieces_are_the_model(tmp_path: Path, adapters: bool, dtype: torch.d
         lora.inject(stock, ADAPTERS, 0)
     weights = learned_by(stock)
     expected(source, weights, dtype, adapters, tmp_path / "whole")
-    made = tmp_path / "pieces"
-    made.mkdir()
-    learned = Learned(
-        source,
-        set(weights),
-        lambda name, shape: weights[name].view(shape),
-        dtype,
-        ADAPTERS if adapters else None,
-        largest,
-    )
-    assert (len(learned.files) > 1) == (largest < 1 << 30)
-    for file in reversed(learned.files):
-        learned.write(file, made)
-    learned.write_rest(made, "model", "chatml")
+    made = write(source, weights, dtype, adapters, largest, tmp_path / "pieces")
     ours, theirs = tensors(made), tensors(tmp_path / "whole")
     assert set(ours) == set(theirs)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -89,3 +101,34 @@ def test_the_pieces_are_the_model(tmp_path: Path, adapters: bool, dtype: torch.d
         index = json.loads((made / "model.safetensors.index.json").read_text())
         assert set(index["weight_map"]) == set(theirs)
         assert index["metadata"]["total_size"] == sum(value.nbytes for value in theirs.values())
+
+
+@pytest.mark.parametrize("kind", sorted(FUSED))
+@pytest.mark.parametrize("adapters", [False, True])
+def test_the_experts_of_a_mixture_are_cut_as_on_the_hub(tmp_path: Path, kind: str, adapters: bool) -> None:
+    """transformers holds them in one stack and writes them one by one: a layer is converted as a whole."""
+    source = tiny_llava(tmp_path / "model", **FUSED[kind])
+    stock = models.load(source, torch.float32)
+    models.set_trainable(stock, ["projector", "language_model"])
+    if adapters:
+        lora.inject(stock, ADAPTERS, 0)
+    weights = learned_by(stock)
+    expected(source, weights, torch.bfloat16, adapters, tmp_path / "whole")
+    made = write(source, weights, torch.bfloat16, adapters, 100_000, tmp_path / "pieces")
+    ours, theirs = tensors(made), tensors(tmp_path / "whole")
+    assert set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    _, report = LlavaForConditionalGeneration.from_pretrained(made, output_loading_info=True)
+    assert not any(report.values()), report
+
+
+def test_an_embedding_that_is_the_head_is_written_once(tmp_path: Path) -> None:
+    source = tiny_llava(tmp_path / "model", tie_word_embeddings=True)
+    stock = models.load(source, torch.float32)
+    assert stock.lm_head.weight is stock.model.language_model.embed_tokens.weight
+    models.set_trainable(stock, ["projector", "language_model"])
+    weights = learned_by(stock)
+    expected(source, weights, torch.float32, False, tmp_path / "whole")
+    made = write(source, weights, torch.float32, False, 2 << 30, tmp_path / "pieces")
+    ours, theirs = tensors(made), tensors(tmp_path / "whole")
+    assert set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert not any("lm_head" in name for name in ours)
