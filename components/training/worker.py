@@ -88,8 +88,9 @@ class _Setup:
         processor = models.load_processor(self.source, settings.image_fit)
         models.set_trainable(stock, list(task.parts))
         if task.training == "lora":
+            # In the model's precision and on its device. To cast the module would round its buffers, too: the
+            # frequencies of the positions.
             lora.inject(stock, settings.adapters(), settings.seed)
-            module.to(device=device, dtype=dtype)
         pixels = Pixels(processor.image_processor)
         encoder = self._encoder(processor, stock.config)
         task.folder.download(INDEX, scratch / INDEX)
