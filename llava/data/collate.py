@@ -129,13 +129,13 @@ class Collator:
         rank: int,
         world: int,
         ahead: int = 2,
-        device: torch.device = torch.device("cpu"),  # noqa: B008
+        device: torch.device | None = None,
     ) -> Iterator[Step]:
         """Steps `first` to `last` (not included), prepared `ahead` of the training in a thread.
 
         Rows for a GPU, `device`, come in page-locked memory; they are copied there by who computes them.
         """
-        pin = device.type == "cuda"
+        pin = device is not None and device.type == "cuda"
         # A thread begins on the first GPU, whichever its process computes on.
         begin = partial(torch.cuda.set_device, device) if pin else None
         with ThreadPoolExecutor(1, "collate", begin) as pool:
