@@ -86,9 +86,13 @@ def ways_out(
         for changes in _LIGHTER:
             if changes.keys() <= type(settings).model_fields.keys():
                 lighter = free.model_copy(update=changes)
-                if found := best(lighter, "lora", gpus):
+                fitting = [
+                    each for each in candidates(sizes, lighter, "lora", gpus, corpus, card) if each.fits
+                ]
+                if fitting:
                     named = " and ".join(f"{stage}.{key}={_written(value)}" for key, value in changes.items())
-                    yield f"{named} ({found.memory.total / GIB:.1f} GiB per GPU, another recipe)"
+                    least = min(each.memory.total for each in fitting)
+                    yield f"{named} (from {least / GIB:.1f} GiB per GPU, another recipe)"
     if not settings.offloads:
         offloading = free.model_copy(update={"offload": True})
         if found := best(offloading, training, gpus):

@@ -14,6 +14,7 @@ import errno
 import json
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from llava.training.checkpoint import Fragment, SavedState, Share, Written
 COMMITTED = "COMMITTED"
 _EVERY = 0.1
 """Seconds between two looks for the shares of the other ranks; grows to a second."""
+ARRIVE = 30.0
+"""Seconds that rank 0 waits for the others' shares when the run ends with a failure: they end, too, and may be near."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -166,11 +169,16 @@ class Saver:
     def _arrived(self, there: Folder) -> Iterable[int]:
         """All ranks, when all have stored their shares."""
         names, pause = {files.share_file(rank) for rank in range(self.world)}, _EVERY
+        end = None
         while names - {entry.key for entry in there.list("share-")}:
-            if self._closing.wait(pause):
+            if self._closing.wait(pause) and end is None:
+                end = time.monotonic() + ARRIVE
+            if end is not None and time.monotonic() > end:
                 raise LlavaError(
                     f"checkpoint {there.uri}: the run ended before all ranks had stored their shares"
                 )
+            if end is not None:
+                time.sleep(pause)
             self.place.guard.check()
             pause = min(1.0, pause * 1.5)
         return range(self.world)

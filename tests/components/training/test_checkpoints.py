@@ -231,9 +231,22 @@ def test_a_run_that_lost_its_artifact_commits_no_checkpoint(
     saver.close()
 
 
-def test_who_waits_for_shares_that_never_come_ends_with_the_run(
+def test_a_share_that_arrives_while_the_run_ends_is_waited_for(
     held: tuple[Folder, Lease], tmp_path: Path
 ) -> None:
+    place = place_of(held)
+    first, second = (saver_of(place, tmp_path, rank=rank, world=2) for rank in (0, 1))
+    save(first, 1)
+    threading.Timer(0.5, lambda: second.save(1, [], {})).start()
+    first.close()
+    second.close()
+    assert committed(place) == [1]
+
+
+def test_who_waits_for_shares_that_never_come_ends_with_the_run(
+    held: tuple[Folder, Lease], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "ARRIVE", 0.3)
     place = place_of(held)
     saver = saver_of(place, tmp_path, world=2)
     save(saver, 1)
