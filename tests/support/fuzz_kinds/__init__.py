@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.support.fuzz_kinds import data, records, weights
+from tests.support.fuzz_kinds import checkpoint, data, records, weights
 from tests.support.fuzz_kinds.kind import Kind
 
 KINDS: dict[str, Callable[[Path], Kind]] = {
@@ -21,5 +21,6 @@ KINDS: dict[str, Callable[[Path], Kind]] = {
     "answers of endpoints": records.bodies,
     "model folders": weights.model_folders,
     "weights": weights.weight_files,
+    "checkpoints": checkpoint.checkpoints,
     "pictures": data.pictures,
 }
