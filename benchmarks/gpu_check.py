@@ -20,13 +20,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# cuBLAS reads it once: without, two runs of the same steps may differ. On Hopper it is the default's size.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-# One GPU, however many are here: the Trainer would spread its batches over all of them.
-os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # cuBLAS reads it once: without, two runs of the same steps may differ. On Hopper it is the default's size.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # One GPU, however many are here: the Trainer would spread its batches over all of them.
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch

@@ -129,10 +129,15 @@ def _group_of_one(bench: Bench) -> Iterator[None]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    told = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    before = {name: os.environ[name] for name in told if name in os.environ}
+    os.environ |= told
     distributed.init_process_group("nccl" if bench.cuda else "gloo", rank=0, world_size=1)
     try:
         yield
     finally:
         distributed.destroy_process_group()
+        for name in told:
+            del os.environ[name]
+        os.environ |= before

@@ -272,6 +272,12 @@ def test_an_unknown_step_is_refused_by_name(capsys: pytest.CaptureFixture[str]) 
     assert "unknown step everything; the steps are here, attention" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_a_gpu_that_is_not_here_is_refused_in_one_line() -> None:
+    with pytest.raises(SystemExit, match="no CUDA device is here: leave --device out, or give --device cpu"):
+        gpu_check.main(["--device", "cuda"])
+
+
 @pytest.mark.parametrize(
     ("card", "stage", "whole"),
     [("h100-80g", 1, True), ("h100-80g", 2, False), ("h200-141g", 1, True), ("h200-141g", 2, True)],

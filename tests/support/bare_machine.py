@@ -65,5 +65,5 @@ def environment(folder: Path, packages: list[str]) -> dict[str, str]:
     # Of this repository a copy is looked at, which comes first on the path.
     hidden -= {"llava"}
     (folder / "sitecustomize.py").write_text(HIDING)
-    named = {"BARE_MACHINE": ",".join(sorted(hidden)), "PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1"}
+    named = {"BARE_MACHINE": ",".join(sorted(hidden)), "PYTHONPATH": str(folder)}
     return {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"} | named
