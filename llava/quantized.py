@@ -44,7 +44,8 @@ def quantize(model: Any, device: torch.device) -> None:
     """Put each linear layer of a stock LLaVA's language model on `device` in 4 bit, one after the other.
 
     No more than one matrix is on the device in its own precision. The rest of the model stays where it is. Comes
-    after `set_trainable`, since numbers of 4 bit have no gradient, and before `lora.inject`. Raises `RefusedInput` for fused experts.
+    after `set_trainable`, since numbers of 4 bit have no gradient, and before `lora.inject`. Raises `RefusedInput`
+    for fused experts.
     """
     if not available():
         raise RefusedInput("4-bit weights need bitsandbytes: pip install 'llava-workflow[qlora]'")

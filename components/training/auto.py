@@ -15,11 +15,12 @@ from llava import estimate
 from llava.data.plan import Coverage
 from llava.errors import RefusedInput
 from llava.estimate import GIB, Choice, Corpus, Gpu, Setup
-from llava.sizes import Sizes, Training
+from llava.sizes import Sizes
 
 
-def setup_of(settings: TrainSettings, training: Training, gpus: int) -> Setup:
+def setup_of(settings: TrainSettings, parts: Sequence[str], gpus: int) -> Setup:
     """The part of the settings that memory and time depend on; what is `auto` keeps the arithmetic's defaults."""
+    training = settings.training(parts)
     fixed = {name: getattr(settings, name) for name in WITHOUT_GPU if getattr(settings, name) != AUTO}
     return Setup(
         training,
@@ -28,16 +29,17 @@ def setup_of(settings: TrainSettings, training: Training, gpus: int) -> Setup:
         lora_rank=settings.lora_rank if training == "lora" else 0,
         lora_dropout=settings.lora_dropout > 0,
         lora_bits=settings.lora_bits,
+        tower="vision_tower" in parts,
         fused_loss=settings.fused_loss,
         **fixed,
     )
 
 
 def candidates(
-    sizes: Sizes, settings: TrainSettings, training: Training, gpus: int, corpus: Corpus, card: Gpu
+    sizes: Sizes, settings: TrainSettings, parts: Sequence[str], gpus: int, corpus: Corpus, card: Gpu
 ) -> list[Choice]:
     """Every way to run the stage that the settings leave open."""
-    setup = setup_of(settings, training, gpus)
+    setup = setup_of(settings, parts, gpus)
     zero_stages = (1, 2, 3) if settings.compile is False else (1, 2)
     return list(
         estimate.choices(
@@ -67,12 +69,12 @@ def resolved(settings: TrainSettings, choice: Choice) -> TrainSettings:
 def choose(
     stage: str,
     settings: TrainSettings,
-    training: Training,
+    parts: Sequence[str],
     sizes: Sizes | None,
     coverage: Coverage,
     images: int,
 ) -> tuple[TrainSettings, str]:
-    """Settings without `auto`, and what to say about it.
+    """Settings without `auto`, and what to say about it. `parts`: what learns, keys of `llava.model.PARTS`.
 
     `coverage` and `images` describe the data as it was measured; `sizes` is None for a model whose shapes are not
     known. Raises `RefusedInput` where nothing fits, or where there is no telling.
@@ -93,10 +95,10 @@ def choose(
         settings.epochs,
     )
     cards = f"GPUs of {card.memory_gib} GiB"
-    found = candidates(sizes, settings, training, settings.workers, corpus, card)
+    found = candidates(sizes, settings, parts, settings.workers, corpus, card)
     if settings.min_workers is not None and settings.min_workers < settings.workers:
         # What is chosen now is kept when the group goes on with fewer, where each holds a larger share.
-        fewest = candidates(sizes, settings, training, settings.min_workers, corpus, card)
+        fewest = candidates(sizes, settings, parts, settings.min_workers, corpus, card)
         estimate.choose(fewest, card, f"{stage} on min_workers={settings.min_workers} {cards}")
         fitting = {_chosen(each) for each in fewest if each.fits}
         found = [each for each in found if _chosen(each) in fitting]
