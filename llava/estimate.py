@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from llava.choices import Checkpointing
 from llava.errors import RefusedInput
@@ -77,6 +77,8 @@ class Setup:
     lora_dropout: bool = True
     lora_bits: int = 16
     """Of the language model's matrices: 4 is QLoRA."""
+    tower: bool = False
+    """Whether the vision tower learns, too."""
     fused_loss: bool = False
     """Whether the vocabulary projection and its cross-entropy are computed in chunks."""
     reduce_bucket: int = 500_000_000
@@ -185,8 +187,10 @@ def heaviest_row(sizes: Sizes, corpus: Corpus, tokens: float) -> Work:
 
 def memory(sizes: Sizes, setup: Setup, work: Work) -> Memory:
     """What each GPU holds while it computes a row that asks for `work`."""
-    learning = sizes.trainable(setup.training, setup.lora_rank)
-    stored = sizes.parameters + (learning - sizes.trainable("frozen") if setup.training == "lora" else 0)
+    learning = sizes.trainable(setup.training, setup.lora_rank, setup.tower)
+    stored = sizes.parameters + (
+        sizes.language.lora_parameters(setup.lora_rank) if setup.training == "lora" else 0
+    )
     gradients, optimizer, buffers, update = _static(setup, stored, learning)
     a = setup.element
     if setup.lora_bits == 4:
@@ -197,20 +201,44 @@ def memory(sizes: Sizes, setup: Setup, work: Work) -> Memory:
     whole = {"none": layer, "selective": _selective(sizes, setup) * work.tokens, "full": kept}
     ends = kept + _norm(sizes, setup) * work.tokens + _projector(sizes, setup) * work.images
     loaded = _weights(sizes, replace(setup, zero_stage=0), stored)
-    vision = sizes.vision
-    states = (read_layers(sizes) + 1) * vision.hidden + 2 * vision.intermediate
+    vision = _tower(sizes, setup)
     return Memory(
         weights=_weights(sizes, setup, stored),
         gradients=gradients,
         optimizer=optimizer,
-        activations=sizes.language.layers * whole[setup.checkpointing] + ends,
+        activations=sizes.language.layers * whole[setup.checkpointing] + ends + vision.kept * work.images,
         loss=_loss(sizes, setup) * work.supervised + _head(sizes, setup),
-        layer=0 if setup.checkpointing == "none" else layer,
-        vision=a * states * vision.positions * work.images,
+        layer=0 if setup.checkpointing == "none" else max(layer, vision.layer * work.images),
+        vision=vision.passing * work.images,
         update=update,
         buffers=buffers,
         start=loaded / setup.gpus + a * _block(sizes) if setup.zero_stage == 3 else 0,
     )
+
+
+class _Tower(NamedTuple):
+    """Bytes per picture in the vision tower."""
+
+    passing: float
+    """Gone before the language model begins."""
+    kept: float
+    """Kept for the backward pass."""
+    layer: float
+    """One layer computed again."""
+
+
+def _tower(sizes: Sizes, setup: Setup) -> _Tower:
+    """A layer that learns keeps for each norm its input and its result; queries, keys, values and their result; and
+    of the perceptron what goes into the activation, what the activation keeps, and what comes out of it."""
+    vision, a, layers = sizes.vision, setup.element, read_layers(sizes)
+    state = a * vision.positions * vision.hidden
+    wide = a * vision.positions * vision.intermediate
+    if not setup.tower:
+        return _Tower((layers + 1) * state + 2 * wide, 0, 0)
+    layer = 8 * state + (2 + vision.gate) * wide
+    each = {"none": layer, "selective": 7 * state + wide, "full": state}[setup.checkpointing]
+    pixels = a * 3 * vision.image**2
+    return _Tower(0, layers * each + state + pixels, layer)
 
 
 def _weights(sizes: Sizes, setup: Setup, stored: int) -> float:
@@ -313,7 +341,7 @@ def _projector(sizes: Sizes, setup: Setup) -> float:
 
 def step_flops(sizes: Sizes, setup: Setup, corpus: Corpus, samples: float) -> Flops:
     """Operations of `samples` mean samples, nothing computed twice."""
-    return flops(sizes, corpus.work(sizes, samples), setup.training, setup.lora_rank)
+    return flops(sizes, corpus.work(sizes, samples), setup.training, setup.lora_rank, setup.tower)
 
 
 def mfu(done: Flops, seconds: float, card: Gpu, gpus: int = 1) -> float:
@@ -377,10 +405,12 @@ def _seconds(sizes: Sizes, setup: Setup, corpus: Corpus, card: Gpu, global_batch
     """One update: what is computed, what is computed again, and what travels."""
     done = step_flops(sizes, setup, corpus, global_batch / setup.gpus)
     forward = done.language / (3 if setup.training == "full" else 2) + done.attention / 3
+    forward += done.vision / 3 if setup.tower else 0
     again = {"none": 0.0, "selective": done.attention / 3, "full": forward}[setup.checkpointing]
     compute = (done.total + again) / (0.5 * card.tflops * 1e12)
     rows = max(1, math.ceil(global_batch / setup.gpus * corpus.tokens(sizes) / setup.tokens_per_row))
-    learning, a, apart = sizes.trainable(setup.training, setup.lora_rank), setup.element, 1 - 1 / setup.gpus
+    learning, a = sizes.trainable(setup.training, setup.lora_rank, setup.tower), setup.element
+    apart = 1 - 1 / setup.gpus
     per_row = {0: 0, 1: 0, 2: a * learning, 3: a * (2 * sizes.parameters + learning)}[setup.zero_stage]
     per_step = {0: 8 * learning, 1: (4 + a) * learning, 2: a * learning, 3: 0}[setup.zero_stage]
     travel = apart * (rows * per_row + per_step) / (card.link * 1e9)
@@ -391,7 +421,7 @@ def offloaded_seconds(setup: Setup, sizes: Sizes) -> float:
     """What an update on the host adds: gradients down and weights up over PCIe, and AdamW in the host's memory."""
     if not setup.offload:
         return 0
-    learning = sizes.trainable(setup.training, setup.lora_rank)
+    learning = sizes.trainable(setup.training, setup.lora_rank, setup.tower)
     return learning / setup.gpus * (2 * setup.element / _PCIE + _ADAMW_TRAFFIC / _HOST_MEMORY)
 
 

@@ -46,7 +46,7 @@ class HostMemory:
 
 def host_memory(sizes: Sizes, setup: Setup) -> HostMemory:
     """What each rank of `setup.gpus` takes of its node's memory."""
-    share = sizes.trainable(setup.training, setup.lora_rank) / setup.gpus
+    share = sizes.trainable(setup.training, setup.lora_rank, setup.tower) / setup.gpus
     layer = max(sizes.language.layer_weights, sizes.language.vocabulary * sizes.language.hidden)
     return HostMemory(
         program=PROGRAM,
@@ -59,7 +59,7 @@ def host_memory(sizes: Sizes, setup: Setup) -> HostMemory:
 
 def checkpoint_bytes(sizes: Sizes, setup: Setup) -> int:
     """What one checkpoint takes of the disk or the bucket."""
-    return STATE * sizes.trainable(setup.training, setup.lora_rank)
+    return STATE * sizes.trainable(setup.training, setup.lora_rank, setup.tower)
 
 
 def model_bytes(sizes: Sizes, setup: Setup) -> int:

@@ -41,7 +41,8 @@ PARTS = {
     "language_model": ("model.language_model.", "lm_head."),
     "vision_tower": "model.vision_tower.",
 }
-"""The three parts by the prefix of their parameters' names; the vision tower is never trained (v1, section 4.2)."""
+"""The three parts by the prefix of their parameters' names. In the papers the vision tower stays frozen (v1, section
+4.2); it learns where `finetune.vision_learning_rate` is set."""
 
 _IDENTITY = "model.multi_modal_projector.linear_2."
 
@@ -313,21 +314,26 @@ def image_tokens(config: LlavaConfig) -> int:
 
 
 def image_cost(model: LlavaForConditionalGeneration) -> float:
-    """Work of an image in the frozen tower, in tokens of the language model: forward alone against both ways."""
+    """Work of an image in the tower, in tokens of the language model: one way in three where the tower is frozen."""
     tower, text = model.model.vision_tower, model.model.language_model
+    ways = 3 if learns(tower) else 1
     seen = (tower.config.image_size // tower.config.patch_size) ** 2 * sum(
         p.numel() for p in tower.parameters()
     )
-    return float(seen / (3 * sum(p.numel() for p in layers_of(text).parameters())))
+    return float(ways * seen / (3 * sum(p.numel() for p in layers_of(text).parameters())))
 
 
 def set_trainable(model: LlavaForConditionalGeneration, parts: list[str]) -> list[str]:
     """Let exactly `parts` train; returns the names of the trainable parameters, sorted.
 
-    Of a linear projector the identity that stands in for a second layer never does.
+    Of a linear projector the identity that stands in for a second layer never does. Of the vision tower that is so
+    for whatever no feature depends on, such as layers behind the one that is read: each parameter that trains has a
+    gradient in every step, as ZeRO needs it.
     """
     wanted = tuple(prefix for part in parts for prefix in _prefixes(part))
-    fixed = (_IDENTITY,) if model.config.projector_hidden_act == "linear" else ()
+    fixed: tuple[str, ...] = (_IDENTITY,) if model.config.projector_hidden_act == "linear" else ()
+    if "vision_tower" in parts:
+        fixed += tuple(_unread(model))
     names = []
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(wanted) and not name.startswith(fixed))
@@ -336,13 +342,60 @@ def set_trainable(model: LlavaForConditionalGeneration, parts: list[str]) -> lis
     return sorted(names)
 
 
+def learns(module: nn.Module) -> bool:
+    """Whether any of its parameters trains."""
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _unread(model: LlavaForConditionalGeneration) -> list[str]:
+    """Names of the tower's parameters that no feature depends on: measured without weights, not listed."""
+    tower: Any = model.model.vision_tower
+    edge = tower.config.image_size
+    own = {
+        name: torch.empty(getattr(value, "ds_shape", value.shape), device="meta", requires_grad=True)
+        for name, value in tower.named_parameters()
+    }
+    buffers = {name: value.to("meta") for name, value in tower.named_buffers()}
+    pixels = torch.empty(1, 3, edge, edge, device="meta")
+    with torch.enable_grad():
+        read = torch.func.functional_call(_Features(model), _under("tower.", own | buffers), (pixels,))
+        found = torch.autograd.grad(read.sum(), list(own.values()), allow_unused=True)
+    unread = [name for name, gradient in zip(own, found, strict=True) if gradient is None]
+    return [f"{PARTS['vision_tower']}{name}" for name in unread]
+
+
+def _under(prefix: str, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"{prefix}{name}": value for name, value in values.items()}
+
+
+class _Features(nn.Module):
+    """What the projector reads of the tower, as a module of its own."""
+
+    def __init__(self, model: LlavaForConditionalGeneration):
+        super().__init__()
+        self.tower, self.config = model.model.vision_tower, model.config
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(N, 3, H, W) -> (N, P, D_vision): the layer and the rule for CLS come from the config."""
+        vision: Any = self.config.vision_config
+        layers, count = self.config.vision_feature_layer, vision.num_hidden_layers + 1
+        read = [layer % count for layer in ([layers] if isinstance(layers, int) else layers)]
+        states = hidden_states(self.tower, pixel_values, max(read))
+        first = 1 if self.config.vision_feature_select_strategy == "default" else 0
+        return torch.cat([states[layer][:, first:] for layer in read], dim=-1)
+
+
 def _prefixes(part: str) -> tuple[str, ...]:
     prefix = PARTS[part]
     return prefix if isinstance(prefix, tuple) else (prefix,)
 
 
 class LlavaForTraining(nn.Module):
-    """The stock model on packed rows: frozen tower, attention inside samples, logits only where there is a label."""
+    """The stock model on packed rows: attention inside samples, logits only where there is a label.
+
+    Every row runs the tower, on a blank picture where it has none, so that ranks stay equal where the tower learns:
+    what a blank one gives reaches no loss, and its gradients are zeros.
+    """
 
     def __init__(self, model: LlavaForConditionalGeneration, pixels: Pixels, attention: str = "auto"):
         """`attention`: a key of `llava.attention.PACKING`."""
@@ -366,16 +419,12 @@ class LlavaForTraining(nn.Module):
         logits_KV = self.stock.lm_head(hidden_KD)
         return functional.cross_entropy(logits_KV.float(), targets_K, reduction="sum")
 
-    @torch.no_grad()
     def _patches(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(N, 3, H, W) uint8 -> (N, P, D_vision): the layer and the rule for CLS come from the config."""
-        config, tower = self.stock.config, self.stock.model.vision_tower
-        vision: Any = config.vision_config
-        layers, count = config.vision_feature_layer, vision.num_hidden_layers + 1
-        read = [layer % count for layer in ([layers] if isinstance(layers, int) else layers)]
-        states = hidden_states(tower, self.pixels.normalise(pixels, tower.dtype), max(read))
-        first = 1 if config.vision_feature_select_strategy == "default" else 0
-        return torch.cat([states[layer][:, first:] for layer in read], dim=-1)
+        """(N, 3, H, W) uint8 -> (N, P, D_vision); without gradients where the tower is frozen."""
+        tower = self.stock.model.vision_tower
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learns(tower)):
+            features: torch.Tensor = _Features(self.stock)(self.pixels.normalise(pixels, tower.dtype))
+        return features
 
 
 def hidden_states(tower: PreTrainedModel, pixel_values: torch.Tensor, last: int) -> list[torch.Tensor]:

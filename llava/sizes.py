@@ -104,14 +104,18 @@ class Sizes:
         second = self.language.hidden**2 + self.language.hidden if self.projector == "linear" else 0
         return self.vision.parameters + self.projector_parameters + second + self.language.parameters
 
-    def trainable(self, training: Training, rank: int = 0) -> int:
-        """Parameters that learn: the projector, and of the language model nothing, all, or LoRA's."""
+    def trainable(self, training: Training, rank: int = 0, tower: bool = False) -> int:
+        """Parameters that learn: the projector, and of the language model nothing, all, or LoRA's.
+
+        `tower`: and of the vision tower what the features depend on.
+        """
         language = {
             "frozen": 0,
             "full": self.language.parameters,
             "lora": self.language.lora_parameters(rank),
         }
-        return self.projector_parameters + language[training]
+        vision = self.vision.parameters_up_to(read_layers(self)) if tower else 0
+        return self.projector_parameters + language[training] + vision
 
 
 class Work(NamedTuple):
@@ -154,16 +158,18 @@ class Flops:
         return self.language + self.vocabulary + self.attention + self.projector + self.vision
 
 
-def flops(sizes: Sizes, work: Work, training: Training, rank: int = 0) -> Flops:
+def flops(sizes: Sizes, work: Work, training: Training, rank: int = 0, tower: bool = False) -> Flops:
     """Operations of training on `work` once, forward and backward.
 
-    A frozen matrix needs 4 per weight and token (forward, and the gradient of its input), one that learns 6; the
-    tower 2, since nothing before the projector learns, and only up to the layer that is read.
+    A frozen matrix needs 4 per weight and token (forward, and the gradient of its input), one that learns 6. A frozen
+    tower needs 2, since nothing before the projector learns; one that learns (`tower`) 6, and 4 for the patches'
+    matrix, since pixels need no gradient. It is computed up to the layer that is read.
     """
     language, vision = sizes.language, sizes.vision
     factor = 6 if training == "full" else 4
     adapters = 6 * language.lora_parameters(rank) if training == "lora" else 0
     first, *rest = [inputs * outputs for inputs, outputs in sizes.projector_layers]
+    into, ways = (6, 3) if tower else (4, 1)
     position = 2 * vision.layer_weights + 4 * vision.positions * vision.hidden
     patch = 2 * 3 * vision.patch**2 * vision.hidden * vision.patches
     return Flops(
@@ -171,8 +177,8 @@ def flops(sizes: Sizes, work: Work, training: Training, rank: int = 0) -> Flops:
         # The head is no target of LoRA.
         vocabulary=factor * language.vocabulary * language.hidden * work.supervised,
         attention=3 * 2 * language.layers * language.heads * language.head * work.squares,
-        projector=(4 * first + 6 * sum(rest)) * sizes.image_tokens * work.images,
-        vision=(read_layers(sizes) * position * vision.positions + patch) * work.images,
+        projector=(into * first + 6 * sum(rest)) * sizes.image_tokens * work.images,
+        vision=(ways * read_layers(sizes) * position * vision.positions + min(ways, 2) * patch) * work.images,
     )
 
 

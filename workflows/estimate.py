@@ -88,13 +88,14 @@ def _stage(
     settings: TrainSettings = step.settings
     expected = config.estimate.get(name)
     corpus = (expected or UNKNOWN).corpus(settings.epochs)
-    training = settings.training(step.component.trains)
-    found = candidates(sizes, settings, training, gpus, corpus, card)
+    parts = settings.parts(step.component.trains)
+    training = settings.training(parts)
+    found = candidates(sizes, settings, parts, gpus, corpus, card)
     best = arithmetic.choose(
         found,
         card,
         f"{config.name}, {name} on {gpus} x {gpu}",
-        lambda: list(ways_out(name, sizes, settings, training, gpus, corpus, card)),
+        lambda: list(ways_out(name, sizes, settings, parts, gpus, corpus, card)),
     )
     faster = min((each for each in found if not each.roomy), key=lambda each: each.seconds, default=None)
     return StagePlan(
@@ -107,7 +108,7 @@ def _stage(
         faster if faster is not None and faster.seconds < best.seconds else None,
         max(1, round(-(-corpus.samples // settings.global_batch) * settings.epochs)),
         arithmetic.hours(sizes, best.setup, corpus, card, mfu),
-        sizes.trainable(training, best.setup.lora_rank),
+        sizes.trainable(training, best.setup.lora_rank, best.setup.tower),
         host_memory(sizes, best.setup),
         checkpoint_bytes(sizes, best.setup),
         model_bytes(sizes, best.setup),
@@ -120,8 +121,8 @@ def host_needs(config: WorkflowConfig) -> Iterator[tuple[str, HostMemory]]:
     for step in plans.make_plan(config):
         if step.component.trains and step.settings.gpu:
             settings: TrainSettings = step.settings
-            training = settings.training(step.component.trains)
-            setup = setup_of(settings, training, settings.min_workers or settings.workers)
+            parts = settings.parts(step.component.trains)
+            setup = setup_of(settings, parts, settings.min_workers or settings.workers)
             yield step.name, host_memory(sizes, setup)
 
 
@@ -252,7 +253,8 @@ def _stage_lines(
         "full": "projector and language model",
         "lora": "projector and LoRA",
     }
-    yield f"{stage.stage}: {what[stage.training]} learn: {_count(stage.learning)} parameters"
+    tower = " and vision tower" if best.setup.tower else ""
+    yield f"{stage.stage}: {what[stage.training]}{tower} learn: {_count(stage.learning)} parameters"
     assumed = "as the config expects" if stage.known else "assumed: set estimate." + stage.stage
     yield (
         f"  a sample: {corpus.tokens(sizes):.0f} tokens, {corpus.supervised_tokens:.0f} supervised, "

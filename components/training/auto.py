@@ -16,11 +16,12 @@ from llava.data.plan import Coverage
 from llava.errors import RefusedInput
 from llava.estimate import GIB, Choice, Corpus, Gpu, Setup
 from llava.host_memory import host_memory
-from llava.sizes import Sizes, Training
+from llava.sizes import Sizes
 
 
-def setup_of(settings: TrainSettings, training: Training, gpus: int) -> Setup:
+def setup_of(settings: TrainSettings, parts: Sequence[str], gpus: int) -> Setup:
     """The part of the settings that memory and time depend on; what is `auto` keeps the arithmetic's defaults."""
+    training = settings.training(parts)
     fixed = {name: getattr(settings, name) for name in WITHOUT_GPU if getattr(settings, name) != AUTO}
     return Setup(
         training,
@@ -29,6 +30,7 @@ def setup_of(settings: TrainSettings, training: Training, gpus: int) -> Setup:
         lora_rank=settings.lora_rank if training == "lora" else 0,
         lora_dropout=settings.lora_dropout > 0,
         lora_bits=settings.lora_bits,
+        tower="vision_tower" in parts,
         fused_loss=settings.fused_loss,
         offload=settings.offloads,
         **fixed,
@@ -36,10 +38,10 @@ def setup_of(settings: TrainSettings, training: Training, gpus: int) -> Setup:
 
 
 def candidates(
-    sizes: Sizes, settings: TrainSettings, training: Training, gpus: int, corpus: Corpus, card: Gpu
+    sizes: Sizes, settings: TrainSettings, parts: Sequence[str], gpus: int, corpus: Corpus, card: Gpu
 ) -> list[Choice]:
     """Every way to run the stage that the settings leave open."""
-    setup = setup_of(settings, training, gpus)
+    setup = setup_of(settings, parts, gpus)
     zero_stages = [1, 2, 3] if settings.compile is False else [1, 2]
     if setup.offload:
         zero_stages = [stage for stage in zero_stages if stage > 1]
@@ -62,15 +64,15 @@ def ways_out(
     stage: str,
     sizes: Sizes,
     settings: TrainSettings,
-    training: Training,
+    parts: Sequence[str],
     gpus: int,
     corpus: Corpus,
     card: Gpu,
 ) -> Iterator[str]:
     """What would fit where the stage as it is set does not, with what it costs."""
 
-    def best(changed: TrainSettings, kind: Training, count: int, on: Gpu = card) -> Choice | None:
-        fitting = [each for each in candidates(sizes, changed, kind, count, corpus, on) if each.fits]
+    def best(changed: TrainSettings, count: int, on: Gpu = card) -> Choice | None:
+        fitting = [each for each in candidates(sizes, changed, parts, count, corpus, on) if each.fits]
         return min(fitting, key=lambda each: each.seconds, default=None)
 
     free = settings.model_copy(update=dict.fromkeys(WITHOUT_GPU, AUTO))
@@ -78,16 +80,16 @@ def ways_out(
         (settings, ""),
         (free, f" with {stage}." + f"=auto, {stage}.".join(WITHOUT_GPU) + "=auto"),
     ):
-        more = (count for count in _COUNTS if count > gpus and best(changed, training, count))
+        more = (count for count in _COUNTS if count > gpus and best(changed, count))
         if (count := next(more, None)) is not None:
             yield f"{count} of these cards{note}"
             break
-    if training == "full":
+    if settings.training(parts) == "full":
         for changes in _LIGHTER:
             if changes.keys() <= type(settings).model_fields.keys():
                 lighter = free.model_copy(update=changes)
                 fitting = [
-                    each for each in candidates(sizes, lighter, "lora", gpus, corpus, card) if each.fits
+                    each for each in candidates(sizes, lighter, parts, gpus, corpus, card) if each.fits
                 ]
                 if fitting:
                     named = " and ".join(f"{stage}.{key}={_written(value)}" for key, value in changes.items())
@@ -95,7 +97,7 @@ def ways_out(
                     yield f"{named} (from {least / GIB:.1f} GiB per GPU, another recipe)"
     if not settings.offloads:
         offloading = free.model_copy(update={"offload": True})
-        if found := best(offloading, training, gpus):
+        if found := best(offloading, gpus):
             host = host_memory(sizes, found.setup)
             without = found.seconds - estimate.offloaded_seconds(found.setup, sizes)
             yield (
@@ -106,7 +108,7 @@ def ways_out(
     larger = sorted(
         (gpu for gpu in estimate.GPUS.items() if gpu[1].memory_gib > card.memory_gib), key=_memory
     )
-    if (name := next((name for name, gpu in larger if best(free, training, gpus, gpu)), None)) is not None:
+    if (name := next((name for name, gpu in larger if best(free, gpus, gpu)), None)) is not None:
         yield f"{gpus} x {name}"
 
 
@@ -135,12 +137,12 @@ def resolved(settings: TrainSettings, choice: Choice) -> TrainSettings:
 def choose(
     stage: str,
     settings: TrainSettings,
-    training: Training,
+    parts: Sequence[str],
     sizes: Sizes | None,
     coverage: Coverage,
     images: int,
 ) -> tuple[TrainSettings, str]:
-    """Settings without `auto`, and what to say about it.
+    """Settings without `auto`, and what to say about it. `parts`: what learns, keys of `llava.model.PARTS`.
 
     `coverage` and `images` describe the data as it was measured; `sizes` is None for a model whose shapes are not
     known. Raises `RefusedInput` where nothing fits, or where there is no telling.
@@ -161,15 +163,15 @@ def choose(
         settings.epochs,
     )
     cards = f"GPUs of {card.memory_gib} GiB"
-    found = candidates(sizes, settings, training, settings.workers, corpus, card)
+    found = candidates(sizes, settings, parts, settings.workers, corpus, card)
     if settings.min_workers is not None and settings.min_workers < settings.workers:
         # What is chosen now is kept when the group goes on with fewer, where each holds a larger share.
-        fewest = candidates(sizes, settings, training, settings.min_workers, corpus, card)
+        fewest = candidates(sizes, settings, parts, settings.min_workers, corpus, card)
         estimate.choose(
             fewest,
             card,
             f"{stage} on min_workers={settings.min_workers} {cards}",
-            lambda: list(ways_out(stage, sizes, settings, training, settings.min_workers or 1, corpus, card)),
+            lambda: list(ways_out(stage, sizes, settings, parts, settings.min_workers or 1, corpus, card)),
         )
         fitting = {_chosen(each) for each in fewest if each.fits}
         found = [each for each in found if _chosen(each) in fitting]
@@ -177,7 +179,7 @@ def choose(
         found,
         card,
         f"{stage} on {settings.workers} {cards}",
-        lambda: list(ways_out(stage, sizes, settings, training, settings.workers, corpus, card)),
+        lambda: list(ways_out(stage, sizes, settings, parts, settings.workers, corpus, card)),
     )
     fit = f"{choice.memory.total / GIB:.0f} of {estimate.usable(card) / GIB:.0f} GiB per GPU"
     return resolved(settings, choice), f"auto: {choice.name} ({fit})"

@@ -236,6 +236,14 @@ class TrainSettings(Settings):
             raise RuntimeError("auto was not resolved: see components/training/auto.py")
         return Layout(*values)
 
+    def parts(self, trains: Sequence[str]) -> tuple[str, ...]:
+        """What learns (keys of `llava.model.PARTS`) in a stage that trains `trains`."""
+        return tuple(trains)
+
+    def own_rates(self) -> dict[str, float]:
+        """The peak rate of each part that has one of its own; the rest learns with `learning_rate`."""
+        return {"projector": self.projector_learning_rate} if self.projector_learning_rate else {}
+
     def training(self, parts: Sequence[str]) -> Training:
         """What of the language model learns where `parts` (keys of `llava.model.PARTS`) do."""
         if "language_model" not in parts:

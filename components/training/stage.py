@@ -25,7 +25,7 @@ from components.training.task import Task
 from llava.data.jsonl import from_jsonl
 from llava.data.plan import Coverage, SampleIndex
 from llava.errors import BudgetReached, LlavaError, Preempted, RefusedInput, Terminated
-from llava.sizes import Training, llava_sizes
+from llava.sizes import llava_sizes
 
 _ERRORS = {kind.exit_status: kind for kind in (RefusedInput, BudgetReached, Preempted)}
 
@@ -33,6 +33,7 @@ _ERRORS = {kind.exit_status: kind for kind in (RefusedInput, BudgetReached, Pree
 class TrainingStage(Component):
     """Trains `trains` of the input `model` on `view` of the input `dataset`; the result is `model/` in the artifact.
 
+    Settings may add parts to `trains`.
     A stage is a subclass that says which parts learn, from which view of a dataset, with which settings.
     """
 
@@ -86,12 +87,13 @@ class TrainingStage(Component):
         """Measure, choose what is `auto`, train, tell."""
         coverage = measure(job, self.view)
         job.notes["coverage"] = coverage.as_json()
-        _choose(job, coverage, job.settings.training(self.trains))
-        _run(job, self.trains, self.view)
+        parts = job.settings.parts(self.trains)
+        _choose(job, coverage, parts)
+        _run(job, parts, self.view)
         _tell(job)
 
 
-def _choose(job: Job[Any], coverage: Coverage, training: Training) -> None:
+def _choose(job: Job[Any], coverage: Coverage, parts: tuple[str, ...]) -> None:
     """Settings without `auto`; what was chosen is told and noted."""
     config = _check_length(job.inputs["model"].local(MODEL), job.settings.max_length)
     try:
@@ -101,7 +103,7 @@ def _choose(job: Job[Any], coverage: Coverage, training: Training) -> None:
     if job.settings.lora:
         _note_reach(job, _lora_share(job.component, config, job.settings))
     images = int(SampleIndex.load(job.scratch / INDEX).images.sum())
-    job.settings, told = auto.choose(job.component, job.settings, training, sizes, coverage, images)
+    job.settings, told = auto.choose(job.component, job.settings, parts, sizes, coverage, images)
     if told:
         job.notes["chosen"] = told
         job.say(told)

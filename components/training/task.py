@@ -15,7 +15,7 @@ class Task:
 
     settings: TrainSettings
     parts: tuple[str, ...]
-    """What trains: "projector", "language_model" (with `settings.lora` its adapters)."""
+    """What trains: "projector", "language_model" (with `settings.lora` its adapters), "vision_tower"."""
     view: str
     model: Artifact
     dataset: Artifact

@@ -163,8 +163,10 @@ def _engine(
         memory.compile_layers(language_model)
     if settings.fused_loss:
         memory.fuse_loss(module)
-    projector = settings.projector_learning_rate
-    scales = ((str(models.PARTS["projector"]), projector / settings.learning_rate),) if projector else ()
+    if models.learns(module.stock.model.vision_tower):
+        memory.checkpoint_tower(module.stock.model.vision_tower, settings.layout.checkpointing)
+    rates = settings.own_rates()
+    scales = tuple((str(models.PARTS[part]), rate / settings.learning_rate) for part, rate in rates.items())
     adamw = AdamW(weight_decay=settings.weight_decay, scales=scales)
     if settings.zero_stage == 0:
         return PlainEngine(module, adamw, settings.gradient_clipping)

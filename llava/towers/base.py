@@ -27,6 +27,8 @@ class VisionSizes(ABC):
     patch: int
     """Side of a patch in pixels."""
 
+    gate: ClassVar[int] = 0
+    """1 where the activation multiplies by a gate of its own (QuickGELU), which the backward pass needs, too."""
     before_patches: ClassVar[int] = 0
     """Positions that belong to no patch and stand before them: 0, or 1 for a CLS. A stock LLaVA can drop one."""
 
@@ -59,6 +61,15 @@ class VisionSizes(ABC):
     def layer_parameters(self) -> int:
         """Of one layer: its weights, their biases, and two layer norms."""
         return self.layer_weights + 4 * self.hidden + self.intermediate + self.hidden + 2 * self.norm
+
+    @property
+    def after_layers(self) -> int:
+        """Parameters behind the last layer, which no hidden state depends on: a layer norm."""
+        return self.norm
+
+    def parameters_up_to(self, layer: int) -> int:
+        """Of the embeddings and the first `layer` layers: what a hidden state depends on."""
+        return self.parameters - self.after_layers - (self.layers - layer) * self.layer_parameters
 
     @property
     def norm(self) -> int:

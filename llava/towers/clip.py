@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 class ClipSizes(VisionSizes):
     """The shapes of a CLIP."""
 
+    gate: ClassVar[int] = 1
     before_patches: ClassVar[int] = 1
 
     @classmethod

@@ -44,6 +44,15 @@ def checkpoint_activations(language_model: PreTrainedModel, how: Checkpointing) 
     (enable or language_model.gradient_checkpointing_enable)(options)
 
 
+def checkpoint_tower(tower: PreTrainedModel, how: Checkpointing) -> None:
+    """The same of a vision tower that learns. It stays in evaluation mode: what it computes is what it answers with."""
+    checkpoint_activations(tower, how)
+    if how != "none":
+        for layer in layers_of(tower):
+            # Stock layers keep less in training mode only; their parts, which may drop out, are left as they are.
+            layer.training = True
+
+
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> checkpoint.CheckpointPolicy:
     packet = getattr(operator, "overloadpacket", None)
     keep = packet is not None and packet._qualified_op_name.removeprefix("aten::") in _KEPT

@@ -31,8 +31,8 @@ from llava.host_memory import checkpoint_bytes, host_memory
 from llava.pixels import Pixels
 from llava.sizes import CLIP_L14, CLIP_L14_336, VICUNA_7B, VICUNA_13B, Sizes, Training, Work, llava_sizes
 from llava.training.engine import AdamW, PlainEngine
-from llava.training.memory import checkpoint_activations
-from tests.llava.test_model import made
+from llava.training.memory import checkpoint_activations, checkpoint_tower
+from tests.llava.test_model import TOWERS, made
 from tests.llava.test_sizes import packed
 
 SEVEN, THIRTEEN = Sizes(CLIP_L14_336, VICUNA_7B), Sizes(CLIP_L14_336, VICUNA_13B)
@@ -80,18 +80,43 @@ def test_activations_are_what_torch_keeps(training: Training, how: Any, precisio
     assert kept_bytes(module, packed(model, lengths)) == pytest.approx(there, rel=0.12)
 
 
-@pytest.mark.parametrize("training", ["frozen", "full"])
-def test_static_parts_of_the_plain_engine_are_exact(training: Training) -> None:
+@pytest.mark.parametrize("how", ["none", "selective", "full"])
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_tower_that_learns_keeps_what_torch_keeps_more(tower: str, how: Any, precision: Any) -> None:
+    kept, expected = [], []
+    for parts in (["projector"], ["projector", "vision_tower"]):
+        model, processor = made(tower)
+        models.set_trainable(model, parts)
+        model.to(torch.float32 if precision == "fp32" else torch.bfloat16)
+        learns = len(parts) == 2
+        if learns:
+            checkpoint_tower(model.model.vision_tower, how)
+        module = models.LlavaForTraining(model, Pixels(processor.image_processor))
+        kept.append(kept_bytes(module, packed(model, [40, 40])))
+        setup = Setup("frozen", zero_stage=0, checkpointing=how, precision=precision, tower=learns)
+        sizes = llava_sizes(model.config.to_dict())
+        expected.append(memory(sizes, setup, Work.of([40, 40], supervised=4, images=2)).activations)
+    # A layer that is computed again keeps the random state, too, which is larger than this tower's results.
+    again = 0 if how == "none" else 2 * torch.get_rng_state().nbytes
+    assert kept[1] - kept[0] - again == pytest.approx(expected[1] - expected[0], rel=0.1)
+
+
+@pytest.mark.parametrize(("training", "tower"), [("frozen", False), ("full", False), ("full", True)])
+def test_static_parts_of_the_plain_engine_are_exact(training: Training, tower: bool) -> None:
     model, processor = made()
     sizes = llava_sizes(model.config.to_dict())
-    models.set_trainable(model, ["projector"] + (["language_model"] if training == "full" else []))
+    parts = ["projector"] + ["language_model"] * (training == "full") + ["vision_tower"] * tower
+    models.set_trainable(model, parts)
     module = models.LlavaForTraining(model, Pixels(processor.image_processor))
     engine = PlainEngine(module, AdamW(), 1.0)
     engine.backward(engine.loss(packed(model, [40])), 2, last=True)
     gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     engine.step(1e-3)
     states = [state for kept in engine.optimizer.state.values() for state in kept.values()]
-    expected = memory(sizes, Setup(training, zero_stage=0, precision="fp32"), Work(40, 1600, 2, 1))
+    expected = memory(
+        sizes, Setup(training, zero_stage=0, precision="fp32", tower=tower), Work(40, 1600, 2, 1)
+    )
     assert expected.weights == sum(p.nbytes for p in model.parameters())
     assert expected.optimizer == sum(state.nbytes for state in states if state.numel() > 1)
     assert expected.gradients == gradients

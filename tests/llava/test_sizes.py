@@ -118,21 +118,25 @@ def packed(model: LlavaForConditionalGeneration, lengths: list[int]) -> PackedRo
 
 @pytest.mark.parametrize("language", ["llama", "qwen3"])
 @pytest.mark.parametrize("training", ["frozen", "full"])
+@pytest.mark.parametrize("tower", [False, True])
 @pytest.mark.parametrize("projector", ["mlp2x_gelu", "linear"])
-def test_operations_are_those_that_torch_counts(language: str, training: Training, projector: Any) -> None:
+def test_operations_are_those_that_torch_counts(
+    language: str, training: Training, projector: Any, tower: bool
+) -> None:
     model, processor = made("clip", language, Reading(projector=projector))
     sizes = llava_sizes(model.config.to_dict())
-    models.set_trainable(model, ["projector"] + (["language_model"] if training == "full" else []))
+    parts = ["projector"] + ["language_model"] * (training == "full") + ["vision_tower"] * tower
+    models.set_trainable(model, parts)
     module = models.LlavaForTraining(model, Pixels(processor.image_processor))
     lengths = [40, 40]
     with FlopCounterMode(display=False) as counter:
         module(packed(model, lengths)).backward()
     counted = {str(op).split(".")[-1]: count for op, count in counter.get_flop_counts()["Global"].items()}
     matrices = sum(counted.get(op, 0) for op in ("mm", "addmm"))
-    conv = counted.get("convolution", 0)
-    ours = flops(sizes, Work.of(lengths, supervised=4, images=2), training)
+    conv = counted.get("convolution", 0) + counted.get("convolution_backward", 0)
+    ours = flops(sizes, Work.of(lengths, supervised=4, images=2), training, tower=tower)
     vision = sizes.vision
-    scores = 2 * (vision.layers - 1) * 4 * vision.positions**2 * vision.hidden
+    scores = 2 * (vision.layers - 1) * (12 if tower else 4) * vision.positions**2 * vision.hidden
     identity = 2 * 16 * 32 * 32 * 4 if projector == "linear" else 0
     assert (
         matrices == ours.language + ours.vocabulary + ours.projector + ours.vision - scores - conv + identity
@@ -165,3 +169,16 @@ def test_lora_counts_its_own_matrices(tmp_path: Path) -> None:
 def test_a_language_model_alone_is_counted(tmp_path: Path) -> None:
     model = language_model("qwen2", 300)
     assert language_sizes(model.config.to_dict()).parameters == model.num_parameters()
+
+
+@pytest.mark.parametrize("layer", [-1, -2, 1])
+@pytest.mark.parametrize("tower", TOWERS)
+def test_a_tower_learns_as_far_as_it_is_read(tower: str, layer: int) -> None:
+    model, processor = made(tower, reading=Reading(feature_layer=layer))
+    names = models.set_trainable(model, ["vision_tower"])
+    assert sum(model.get_parameter(n).numel() for n in names) == llava_sizes(
+        model.config.to_dict()
+    ).trainable("frozen", tower=True) - sum(p.numel() for p in model.model.multi_modal_projector.parameters())
+    module = models.LlavaForTraining(model, Pixels(processor.image_processor))
+    module(packed(model, [40, 40])).backward()
+    assert {n for n, p in model.named_parameters() if p.grad is not None} == set(names)

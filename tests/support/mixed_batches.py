@@ -75,11 +75,15 @@ def pieces(
     global_batch: int = 12,
     adapters: lora.Lora | None = None,
     bits: int = 16,
+    tower: bool = False,
 ) -> TrainingParts:
-    """The pieces of one run in fp32; with `adapters` the language model trains through LoRA, its own in `bits`."""
+    """The pieces of one run in fp32; with `adapters` the language model trains through LoRA, its own in `bits`.
+
+    `tower`: the vision tower learns, too.
+    """
     stock, processor = models.load(model, torch.float32), models.load_processor(model)
     view, template, parts = STAGES[stage]
-    models.set_trainable(stock, parts)
+    models.set_trainable(stock, [*parts, *["vision_tower"] * tower])
     if bits == 4:
         quantized.quantize(stock, torch.device("cpu"))
     if adapters is not None:

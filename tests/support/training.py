@@ -29,6 +29,8 @@ def make_world(folder: Path, **language: Any) -> Where:
 
 def _engine(made: TrainingParts, task: dict[str, Any]) -> Engine:
     memory.checkpoint_activations(made.stock.model.language_model, task.get("checkpointing", "none"))
+    if task.get("tower"):
+        memory.checkpoint_tower(made.stock.model.vision_tower, task.get("checkpointing", "none"))
     if task.get("fused"):
         memory.fuse_loss(made.module)
     adamw = AdamW(weight_decay=0.01, scales=task.get("scales", ()))
@@ -54,7 +56,15 @@ def _engine(made: TrainingParts, task: dict[str, Any]) -> Engine:
 
 def _train(where: Where, task: dict[str, Any]) -> Any:
     adapters = replace(ADAPTERS, dropout=task.get("dropout", ADAPTERS.dropout)) if task.get("lora") else None
-    made = pieces(*where, task["stage"], task["tokens_per_row"], adapters=adapters, bits=task.get("bits", 16))
+    tower = task.get("tower", False)
+    made = pieces(
+        *where,
+        task["stage"],
+        task["tokens_per_row"],
+        adapters=adapters,
+        bits=task.get("bits", 16),
+        tower=tower,
+    )
     identity = {"seed": 3, "frozen": checkpoint.frozen_digest(made.stock)}
     engine = _engine(made, task)
     first = 0
@@ -87,9 +97,9 @@ def shape_of(parameter: Any) -> torch.Size:
 def train_group(where: Where, workers: int, **task: Any) -> tuple[list[float], torch.Tensor]:
     """Losses and weights of a run on `workers` real processes.
 
-    `task`: stage, tokens_per_row, zero (0: plain torch), lora, dropout, bits, checkpointing, fused, scales, stop_at,
-    save, resume, bf16, deepspeed (a JSON), offload (see `deepspeed_config`), placed (as a worker places it, which
-    is cut at once in ZeRO-3).
+    `task`: stage, tokens_per_row, zero (0: plain torch), lora, dropout, bits, tower, checkpointing, fused, scales,
+    stop_at, save, resume, bf16, deepspeed (a JSON), offload (see `deepspeed_config`), placed (as a worker places it,
+    which is cut at once in ZeRO-3).
     """
     task = {"stage": 2, "tokens_per_row": 1000, "zero": 0, **task}
     if workers == 1 and not task["zero"]:

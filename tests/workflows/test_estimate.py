@@ -306,6 +306,16 @@ def test_qlora_is_what_one_card_of_24_gb_can_train_with_room_to_spare(llava: Com
     assert saved == pytest.approx(sizes.VICUNA_7B.token_weights * (16 - 4.127) / 8, rel=1e-4)
 
 
+def test_a_tower_that_learns_is_part_of_the_plan() -> None:
+    rate = ["finetune.vision_learning_rate=2e-6"]
+    (frozen, learning) = (plan("llava-v1.5-7b", more, 8, "h100-80g", 0.4)[2] for more in ([], rate))
+    assert learning[0].learning == frozen[0].learning, "stage 1 has no such setting"
+    # CLIP ViT-L/14 at 336 px without its last layer of 24 and the norm behind it.
+    assert learning[1].learning - frozen[1].learning == 303_507_456 - 12_596_224 - 2048
+    before, after = (stages[1].found[0].memory for stages in (frozen, learning))
+    assert after.optimizer > before.optimizer and after.activations > before.activations
+
+
 def test_the_tiny_preset_is_estimated_from_its_towers(llava: Command) -> None:
     status, out, _ = llava("tiny", "--gpus", "1", "--gpu", "l4-24g")
     assert status == 0

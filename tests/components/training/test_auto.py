@@ -15,6 +15,7 @@ from llava.sizes import CLIP_L14_336, VICUNA_7B, Sizes, Work, llava_sizes
 from tests.support.process_group import run_group
 
 SEVEN = Sizes(CLIP_L14_336, VICUNA_7B)
+PARTS = ("projector", "language_model")
 DATA = Coverage(samples=1000, tokens=1000 * 926, supervised=180_000)
 OPEN: dict[str, Any] = {"zero_stage": "auto", "tokens_per_row": "auto", "checkpointing": "auto"}
 STAGES = (1, 2, 3)
@@ -32,17 +33,17 @@ def h100(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("h100")
 def test_auto_becomes_what_fits_and_what_is_written_stays() -> None:
-    chosen, told = auto.choose("finetune", settings(), "full", SEVEN, DATA, images=1000)
+    chosen, told = auto.choose("finetune", settings(), PARTS, SEVEN, DATA, images=1000)
     assert chosen.layout.zero_stage in STAGES and chosen.layout.tokens_per_row >= 2048
     assert told.startswith("auto: ZeRO-") and "of 75 GiB per GPU" in told
     kept, _ = auto.choose(
-        "finetune", settings(zero_stage=3, checkpointing="full"), "full", SEVEN, DATA, images=1000
+        "finetune", settings(zero_stage=3, checkpointing="full"), PARTS, SEVEN, DATA, images=1000
     )
     assert (kept.layout.zero_stage, kept.layout.checkpointing) == (3, "full")
     written, told = auto.choose(
         "finetune",
         settings(zero_stage=3, checkpointing="none", tokens_per_row=512),
-        "full",
+        PARTS,
         SEVEN,
         DATA,
         images=1000,
@@ -52,16 +53,16 @@ def test_auto_becomes_what_fits_and_what_is_written_stays() -> None:
 
 @pytest.mark.usefixtures("h100")
 def test_auto_never_compiles_under_zero_3() -> None:
-    chosen, _ = auto.choose("finetune", settings(compile=True), "full", SEVEN, DATA, images=1000)
+    chosen, _ = auto.choose("finetune", settings(compile=True), PARTS, SEVEN, DATA, images=1000)
     assert chosen.layout.zero_stage != 3
 
 
 @pytest.mark.usefixtures("h100")
 def test_auto_refuses_what_cannot_fit_and_what_it_does_not_know() -> None:
     with pytest.raises(RefusedInput, match=r"finetune on 1 GPUs of 80 GiB does not fit: the least is"):
-        auto.choose("finetune", settings(workers=1), "full", SEVEN, DATA, images=1000)
+        auto.choose("finetune", settings(workers=1), PARTS, SEVEN, DATA, images=1000)
     with pytest.raises(RefusedInput, match="finetune: auto knows no shapes of this model: set zero_stage"):
-        auto.choose("finetune", settings(), "full", None, DATA, images=1000)
+        auto.choose("finetune", settings(), PARTS, None, DATA, images=1000)
 
 
 @pytest.mark.usefixtures("h100")
@@ -69,17 +70,17 @@ def test_auto_chooses_what_still_fits_when_the_group_goes_on_with_fewer() -> Non
     corpus = Corpus(1000, 926 - SEVEN.image_tokens, 180.0, 1.0, 1.0)
 
     def fits_on_three(**more: int) -> bool:
-        chosen, _ = auto.choose("finetune", settings(**more), "full", SEVEN, DATA, images=1000)
-        (choice,) = auto.candidates(SEVEN, chosen, "full", 3, corpus, gpu("h100-80g"))
+        chosen, _ = auto.choose("finetune", settings(**more), PARTS, SEVEN, DATA, images=1000)
+        (choice,) = auto.candidates(SEVEN, chosen, PARTS, 3, corpus, gpu("h100-80g"))
         return choice.fits
 
     assert (fits_on_three(), fits_on_three(min_workers=3)) == (False, True)
     with pytest.raises(RefusedInput, match="finetune on min_workers=1 GPUs of 80 GiB does not fit"):
-        auto.choose("finetune", settings(min_workers=1), "full", SEVEN, DATA, images=1000)
+        auto.choose("finetune", settings(min_workers=1), PARTS, SEVEN, DATA, images=1000)
 
 
 def test_auto_without_a_gpu_is_a_plain_value() -> None:
-    chosen, told = auto.choose("finetune", settings(gpu=False, workers=1), "full", None, DATA, images=0)
+    chosen, told = auto.choose("finetune", settings(gpu=False, workers=1), PARTS, None, DATA, images=0)
     assert chosen.layout == (2, 4096, "none")
     assert told == "auto without a GPU: zero_stage=2, tokens_per_row=4096, checkpointing=none"
     assert chosen == settings(gpu=False, workers=1, zero_stage=2, tokens_per_row=4096, checkpointing="none")

@@ -112,6 +112,30 @@ def test_lora_of_fused_experts_trains_in_zero_as_in_plain_torch(
     assert torch.allclose(weights, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("zero", [2, 3])
+def test_a_vision_tower_learns_in_zero_as_in_plain_torch_and_resumes_exactly(
+    world: tuple[Path, Path], tmp_path: Path, zero: int
+) -> None:
+    options: dict[str, Any] = {
+        "tower": True,
+        # Rows without a picture are among these, on one rank and not on the other, at the same time.
+        "tokens_per_row": 200,
+        "checkpointing": "full",
+        "scales": (("model.vision_tower.", 0.3),),
+        "stop_at": 6,
+        # Nothing is so small that each rank keeps it whole.
+        "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
+    }
+    plain, expected = train_group(world, 1, **options | {"checkpointing": "none"})
+    losses, weights = train_group(world, 2, zero=zero, **options)
+    assert losses == pytest.approx(plain, abs=1e-4)
+    assert torch.allclose(weights, expected, atol=1e-4)
+    begun, _ = train_group(world, 2, zero=zero, save=tmp_path / "checkpoint", **options | {"stop_at": 3})
+    resumed, again = train_group(world, 2, zero=zero, resume=tmp_path / "checkpoint", **options)
+    assert begun + resumed == losses
+    assert torch.equal(again, weights)
+
+
 @pytest.mark.parametrize("zero", [pytest.param(2, marks=pytest.mark.drill), 3])
 def test_saving_memory_changes_nothing_in_zero(world: tuple[Path, Path], zero: int) -> None:
     plain, expected = train_group(world, 1)

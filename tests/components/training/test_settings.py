@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from components.finetune import Finetune
 from components.training import settings
 from llava.errors import RefusedInput
 from workflows import config
@@ -43,6 +44,11 @@ def refusal(*overrides: str) -> str:
             "finetune: lora_bits=4 keeps the weights beside adapters in 4 bit: set lora",
         ),
         (["finetune.lora=true", "finetune.lora_bits=8"], "finetune.lora_bits: Input should be 16 or 4"),
+        (["pretrain.vision_learning_rate=1e-5"], "pretrain.vision_learning_rate: unknown key"),
+        (
+            ["finetune.vision_learning_rate=0"],
+            "finetune.vision_learning_rate: Input should be greater than 0",
+        ),
         (["finetune.attention=varlen"], "finetune: attention varlen needs gpu=true and precision=bf16"),
         (["finetune.gradient_clipping=null"], "finetune.gradient_clipping: Input should be a valid number"),
         (["finetune.spike_factor=1"], "finetune.spike_factor: Input should be greater than 1"),
@@ -97,3 +103,12 @@ def test_lora_without_peft_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
 def test_4_bit_without_bitsandbytes_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settings, "find_spec", lambda name: None if name == "bitsandbytes" else name)
     assert "pip install 'llava-workflow[qlora]'" in refusal("finetune.lora=true", "finetune.lora_bits=4")
+
+
+def test_the_vision_tower_learns_where_it_has_a_rate_and_only_there() -> None:
+    usual = config.load("tiny", []).finetune
+    assert usual.parts(Finetune.trains) == ("projector", "language_model") and usual.own_rates() == {}
+    rates = ["finetune.vision_learning_rate=3e-6", "finetune.projector_learning_rate=2e-5"]
+    learning = config.load("tiny", rates).finetune
+    assert learning.parts(Finetune.trains) == ("projector", "language_model", "vision_tower")
+    assert learning.own_rates() == {"projector": 2e-5, "vision_tower": 3e-6}

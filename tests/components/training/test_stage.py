@@ -250,6 +250,19 @@ def test_qlora_ends_in_a_stock_model_with_the_very_base_that_it_began_with(
     assert trained.manifest.notes["lora"]["adapted_share"] > 0.99
 
 
+def test_a_vision_tower_with_a_rate_is_learned_and_saved(run_in: Run, inputs: dict[str, Artifact]) -> None:
+    settings = FinetuneSettings(
+        **SMALL, template="chatml", workers=2, zero_stage=3, checkpointing="full", vision_learning_rate=1e-4
+    )
+    trained = run_in(Finetune(), settings, inputs).artifact
+    before, after = weights(inputs["model"]), weights(trained)
+    tower = {name for name in before if "vision_tower" in name}
+    changed = {name for name in tower if not torch.equal(after[name], before[name])}
+    # The last of two layers is not read, nor is the norm behind it.
+    assert changed == {name for name in tower if "layers.1." not in name and "post_layernorm" not in name}
+    LlavaForConditionalGeneration.from_pretrained(trained.local("model"))
+
+
 def test_a_jump_of_the_loss_names_its_samples_in_the_log_the_history_and_mlflow(
     adapted: tuple[Artifact, Lines], mlflow_db: str
 ) -> None:
