@@ -61,7 +61,7 @@ def test_it_takes_one_new_file_and_its_line_in_the_table() -> None:
 def test_its_code_is_clean_and_the_tests_of_every_family_take_it_up(followed: Path) -> None:
     lint(followed, *RECIPE.new, *RECIPE.changes)
     modules = [f"tests/llava/test_{name}.py" for name in ("model", "model_hidden_states", "sizes")]
-    # Five language models each: training against stock, and the arithmetic; one for hidden states; how far it learns, of three layers.
+    # Five language models each: training against stock, and the arithmetic; one for hidden states; three layers read.
     assert passed(followed, *modules, "-k", "dinov2") == 5 + 5 + 1 + 3
 
 
