@@ -90,6 +90,8 @@ SLOW = (
     "llava/test_estimate.py",
     "llava/test_generate.py",
     "llava/test_lora.py",
+    "llava/test_model_vision_tower.py",
+    "llava/test_quantized.py",
     "house/test_pointers.py",
     "llava/training",
 )

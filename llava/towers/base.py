@@ -63,13 +63,13 @@ class VisionSizes(ABC):
         return self.layer_weights + 4 * self.hidden + self.intermediate + self.hidden + 2 * self.norm
 
     @property
-    def after_layers(self) -> int:
-        """Parameters behind the last layer, which no hidden state depends on: a layer norm."""
+    def unread(self) -> int:
+        """Parameters outside the layers that no hidden state depends on: the norm behind them."""
         return self.norm
 
     def parameters_up_to(self, layer: int) -> int:
         """Of the embeddings and the first `layer` layers: what a hidden state depends on."""
-        return self.parameters - self.after_layers - (self.layers - layer) * self.layer_parameters
+        return self.parameters - self.unread - (self.layers - layer) * self.layer_parameters
 
     @property
     def norm(self) -> int:

@@ -27,10 +27,10 @@ class SiglipSizes(VisionSizes):
     @property
     def parameters(self) -> int:
         """A bias of the patches; a norm after the layers; the pool."""
-        return self.layers * self.layer_parameters + self.embeddings + self.hidden + self.after_layers
+        return self.layers * self.layer_parameters + self.embeddings + self.hidden + self.unread
 
     @property
-    def after_layers(self) -> int:
+    def unread(self) -> int:
         """A norm, and the pool."""
         d, f = self.hidden, self.intermediate
         pool = d + (4 * d**2 + 4 * d) + self.norm + (2 * d * f + f + d) if self.head else 0

@@ -61,8 +61,8 @@ def test_it_takes_one_new_file_and_its_line_in_the_table() -> None:
 def test_its_code_is_clean_and_the_tests_of_every_family_take_it_up(followed: Path) -> None:
     lint(followed, *RECIPE.new, *RECIPE.changes)
     modules = [f"tests/llava/test_{name}.py" for name in ("model", "model_hidden_states", "sizes")]
-    # Five language models each: training against stock, and the arithmetic; one for hidden states.
-    assert passed(followed, *modules, "-k", "dinov2") == 5 + 5 + 1
+    # Five language models each: training against stock, and the arithmetic; one for hidden states; three layers read.
+    assert passed(followed, *modules, "-k", "dinov2") == 5 + 5 + 1 + 3
 
 
 def test_backbones_joins_it_and_the_stock_model_sees_a_picture_with_it(
