@@ -63,9 +63,9 @@ _ABOUT_ARITHMETIC = """
 ## 7B and 13B, by arithmetic
 
 Not measured: formulas with M parameters, P of them training, S = 12 P bytes of state, R ranks, G GPUs of a node, L
-parameters of a layer, T of the largest tensor, W(R) bytes of windows into the files of R ranks. GB/s as stated: disk
-{disk:g} and network {network:g} of a node, host {host:g} and link {link:g} of a GPU; sha {sha:.2f} of a core is
-measured here.
+parameters of a layer, T of the largest tensor, W(R) bytes read ahead of R ranks' files: the sum of 128 MiB / k, each
+1 to 8 MiB, over k = 1 to R. GB/s as stated: disk {disk:g} and network {network:g} of a node,
+host {host:g} and link {link:g} of a GPU; sha {sha:.2f} of a core is measured here.
 
 """
 _ABOUT_CHECK = """

@@ -94,8 +94,8 @@ def row(name: str, ranks: int, rates: Rates) -> dict[str, Any]:
 
 
 def windows(ranks: int) -> float:
-    """W(R): bytes that are read ahead of the files of R ranks, 8 MiB each."""
-    return float(ranks * (8 << 20))
+    """W(R): bytes read ahead of the files of R ranks: of the k-th 128 MiB / k, but 1 to 8 MiB."""
+    return float(sum(min(8 << 20, max(1 << 20, (128 << 20) // number)) for number in range(1, ranks + 1)))
 
 
 def checked(summary: list[dict[str, Any]], made: Made) -> list[dict[str, Any]]:

@@ -24,6 +24,8 @@ STATE = "state.json"
 PARTS = ("weights", "exp_avg", "exp_avg_sq")
 _WINDOW = 8 << 20
 """Bytes that are read at once where less is asked for: pieces lie in the order in which they are read."""
+_WINDOWS, _WINDOW_AT_LEAST = 128 << 20, 1 << 20
+"""Of all files together: who reads whole parameters reads in the files of all ranks. And of one, all the same."""
 _HEADER_AT_MOST = 256 << 20
 
 
@@ -163,7 +165,7 @@ class SavedState:
             if not begin <= at < end:
                 continue
             until = min(end, stop)
-            value = self._file(files[part]).read(name, at - begin, until - begin)
+            value = self._file(files[part]).read(name, at - begin, until - begin, self._window())
             out[at - start : until - start] = value
             at = until
         if at < stop:
@@ -182,6 +184,10 @@ class SavedState:
         for file in self._files.values():
             file.close()
         self._files.clear()
+
+    def _window(self) -> int:
+        """Bytes that a file may read ahead, while so many are open."""
+        return min(_WINDOW, max(_WINDOW_AT_LEAST, _WINDOWS // max(1, len(self._files))))
 
     def _file(self, name: str) -> "_Reader":
         if name not in self._files:
@@ -202,17 +208,17 @@ class _Reader:
             )
         self._table, self._begin = json.loads(file.read_at(length, 8)), 8 + length
 
-    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """(stop - start,) fp32 of the flat tensor."""
+    def read(self, name: str, start: int, stop: int, window: int) -> torch.Tensor:
+        """(stop - start,) fp32 of the flat tensor; `window`: bytes that are read at once where less is asked for."""
         entry = self._table[name]
         place, size = self._begin + entry["data_offsets"][0] + 4 * start, 4 * (stop - start)
         if entry["dtype"] != "F32" or place + size > self._begin + entry["data_offsets"][1]:
             raise LlavaError(f"{self._where}: {name} is not what the checkpoint says: delete the checkpoint")
-        if size >= _WINDOW:
+        if size >= window:
             return torch.frombuffer(bytearray(self._file.read_at(size, place)), dtype=torch.float32)
         offset = place - self._at
         if offset < 0 or offset + size > len(self._window):
-            self._window, self._at = memoryview(self._file.read_at(_WINDOW, place)), place
+            self._window, self._at = memoryview(self._file.read_at(window, place)), place
             offset = 0
         return torch.frombuffer(bytearray(self._window[offset : offset + size]), dtype=torch.float32)
 
