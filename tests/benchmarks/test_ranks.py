@@ -80,3 +80,10 @@ def test_the_page_has_the_figures(written: tuple[dict[str, Any], str]) -> None:
     assert f"{row['commit']['last share to marker']:.2f}" in page
     for one in report["growth"]:
         assert f"| {one['figure']} | {one['values'][0]:.3g} |" in page
+
+
+def test_a_resume_gathers_nothing_of_all_ranks_on_each(written: tuple[dict[str, Any], str]) -> None:
+    (row,) = written[0]["ranks"]
+    for found in (row["resume"], row["resume on half"]):
+        assert "all_gather_object" not in found["collectives"]
+        assert found["collectives"]
