@@ -3,6 +3,7 @@
 The caller imports what the ranks need and then forks, so that 64 ranks share one copy of the libraries.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -48,6 +49,9 @@ def run_group(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    # Else the first full collection in each rank writes into, and so copies, all that they share.
+    gc.collect()
+    gc.freeze()
     pipes = [context.Pipe(duplex=False) for _ in range(world)]
     processes = [
         context.Process(
