@@ -198,7 +198,7 @@ def parsed() -> argparse.Namespace:
     """Options."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--before", type=Path, help="a checkout of the revision to compare with")
-    parser.add_argument("--parameters", type=float, default=200e6, help="of the random LLaVA, about")
+    parser.add_argument("--parameters", type=float, default=150e6, help="of the random LLaVA, about")
     parser.add_argument(
         "--stored",
         choices=["bfloat16", "float16", "float32"],
