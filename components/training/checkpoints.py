@@ -15,7 +15,7 @@ import json
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,8 @@ from llava.data.jsonl import from_json
 from llava.errors import LlavaError
 from llava.training import checkpoint as files
 from llava.training.checkpoint import Fragment, SavedState, Share, Written
+from llava.training.engine import Engine
+from llava.training.loop import any_of, gathered, told
 
 COMMITTED = "COMMITTED"
 _EVERY = 0.1
@@ -160,17 +162,23 @@ class Saver:
         return share
 
     def _commit(self, there: Folder) -> None:
-        shares = [self._share(there, rank) for rank in self._arrived(there)]
+        shares = self._arrived(there)
         # Waiting may take longer than a lost lease takes to be taken over.
         self.place.guard.check()
         there.write(COMMITTED, json.dumps([share.as_json() for share in shares]).encode())
         self.place.prune()
 
-    def _arrived(self, there: Folder) -> Iterable[int]:
-        """All ranks, when all have stored their shares."""
-        names, pause = {files.share_file(rank) for rank in range(self.world)}, _EVERY
-        end = None
-        while names - {entry.key for entry in there.list("share-")}:
+    def _arrived(self, there: Folder) -> list[Share]:
+        """What all ranks wrote, by rank, when they have. Each is read as it comes: after the last one little is left
+        to do, however many there are."""
+        missing, found = {files.share_file(rank): rank for rank in range(self.world)}, dict[int, Share]()
+        pause, end = _EVERY, None
+        while True:
+            for entry in there.list("share-"):
+                if (rank := missing.pop(entry.key, None)) is not None:
+                    found[rank] = self._share(there, rank)
+            if not missing:
+                return [found[rank] for rank in range(self.world)]
             if self._closing.wait(pause) and end is None:
                 end = time.monotonic() + ARRIVE
             if end is not None and time.monotonic() > end:
@@ -181,7 +189,6 @@ class Saver:
                 time.sleep(pause)
             self.place.guard.check()
             pause = min(1.0, pause * 1.5)
-        return range(self.world)
 
     def _share(self, there: Folder, rank: int) -> Share:
         return Share.from_json(from_json(there.read(files.share_file(rank))))
@@ -233,20 +240,19 @@ class Checkpoint:
         return [self.folder.read(name) for name in sorted(self.files) if name.startswith(prefix)]
 
 
-def newest_whole(
-    place: Place, agree: Callable[[Any], list[Any]], rank: int, world: int, tell: Callable[[str], None]
-) -> Checkpoint | None:
+def newest_whole(place: Place, engine: Engine, tell: Callable[[str], None]) -> Checkpoint | None:
     """The newest checkpoint that is what was committed, or None. All ranks call it.
 
-    A damaged one is told of, deleted and passed over. `agree` gives what each rank says, by rank.
+    A damaged one is told of, deleted and passed over.
     """
-    candidates: list[Folder] = agree(place.newest_first() if rank == 0 else None)[0]
+    chief = engine.rank == 0
+    candidates: list[Folder] = told(engine, place.newest_first() if chief else None)
     for number, folder in enumerate(candidates):
-        found, problem = _looked_at(folder, rank, world)
-        problems = [each for each in agree(problem) if each is not None]
-        if not problems:
+        found, problem = _looked_at(folder, engine.rank, engine.world)
+        if not any_of(engine, problem is not None):
             return found
-        if rank == 0:
+        problems = [each for each in gathered(engine, problem) if each is not None]
+        if chief:
             then = (
                 "going on from the one before" if candidates[number + 1 :] else "starting from the beginning"
             )

@@ -24,7 +24,7 @@ from components.training.record import HISTORY, SAMPLES, Entry, MetricSender
 from components.training.utilisation import Utilisation
 from llava.data.jsonl import from_jsonl, to_jsonl
 from llava.learned import Learned
-from llava.training.loop import StepReport, gathered
+from llava.training.loop import StepReport, any_of
 
 
 class Run:
@@ -39,9 +39,7 @@ class Run:
         state, step = self.state, 0
         if state.chief:
             state.place.clean()
-        found = newest_whole(
-            state.place, self._gathered, state.engine.rank, state.engine.world, state.client.note
-        )
+        found = newest_whole(state.place, state.engine, state.client.note)
         if found is not None:
             position = found.position(self.identity)
             with contextlib.closing(found.state(position)) as saved:
@@ -83,7 +81,7 @@ class Run:
             one.finished()
         state, settings = self.state, self.state.task.settings
         # Rank 0 has committed it when it comes here.
-        self._gathered(None)
+        self._meet()
         assert state.checkpoint is not None
         last = Checkpoint(state.checkpoint)
         with contextlib.closing(last.state(last.position(self.identity))) as saved:
@@ -97,7 +95,7 @@ class Run:
             model = ModelFiles(state.task.folder, state.task.guard, last.folder, state.scratch)
             for file in learned.files[state.engine.rank :: state.engine.world]:
                 model.store(file.name, partial(learned.write, file))
-        self._gathered(None)
+        self._meet()
         if not state.chief:
             return
         model.store_rest(partial(learned.write_rest, fit=settings.image_fit, template=settings.template))
@@ -110,9 +108,9 @@ class Run:
         for one in self.observers:
             one.close()
 
-    def _gathered(self, value: Any) -> list[Any]:
-        """`value` of every rank, when all have come here."""
-        return gathered(self.state.engine, value)
+    def _meet(self) -> None:
+        """Wait until all ranks have come here."""
+        any_of(self.state.engine, False)
 
 
 def observers_of(

@@ -32,7 +32,7 @@ from llava.training import memory
 from llava.training.checkpoint import FrozenDigest
 from llava.training.engine import AdamW, Engine, PlainEngine
 from llava.training.heldout import heldout_loss
-from llava.training.loop import Schedule, gathered, train
+from llava.training.loop import Schedule, told, train
 
 
 def work(task: Task) -> None:
@@ -62,7 +62,7 @@ def _work(task: Task) -> None:
             Path(scratch),
             ProgressClient(task.progress_actor),
             Place(task.folder, task.guard, settings.keep_checkpoints, task.earlier),
-            gathered(setup.engine, uuid4().hex[:8])[0],
+            told(setup.engine, uuid4().hex[:8]),
         )
         observers = observers_of(state, setup.identity, setup.utilisation, setup.heldout)
         run = Run(state, setup.identity, observers)

@@ -189,7 +189,9 @@ class BatchPlan:
             for window, group in zip(windows, self.index.group[chosen].tolist(), strict=True)
         ]
         where = placement.balance(self._cost(chosen).tolist(), choices, ranks)
-        members = [[position for position, one in enumerate(where) if one == rank] for rank in range(ranks)]
+        members: list[list[int]] = [[] for _ in range(ranks)]
+        for position, rank in enumerate(where):
+            members[rank].append(position)
         return placement.pack(self.index.tokens[chosen], self.index.images[chosen], members, tokens_per_row)
 
     def open_groups(self, step: int) -> set[int]:

@@ -8,6 +8,7 @@ seed, step and rank (`loop.seed_step`).
 
 import hashlib
 import json
+import os
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ STATE = "state.json"
 PARTS = ("weights", "exp_avg", "exp_avg_sq")
 _WINDOW = 8 << 20
 """Bytes that are read at once where less is asked for: pieces lie in the order in which they are read."""
+_WINDOWS, _WINDOW_AT_LEAST = 128 << 20, 1 << 20
+"""Of all files together: who reads whole parameters reads in the files of all ranks. And of one, all the same."""
 _HEADER_AT_MOST = 256 << 20
 
 
@@ -125,8 +128,9 @@ def write_share(folder: Path, rank: int, world: int, fragments: Sequence[Fragmen
 
 
 def written(path: Path) -> Written:
-    """Size and digest of a file as it lies on the disk."""
+    """Size and digest of a file, which is on the disk by then: what is committed survives a loss of power."""
     with path.open("rb") as file:
+        os.fsync(file.fileno())
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return Written(path.stat().st_size, digest)
 
@@ -182,7 +186,7 @@ class SavedState:
             if not begin <= at < end:
                 continue
             until = min(end, stop)
-            value = self._file(files[part]).read(name, at - begin, until - begin)
+            value = self._file(files[part]).read(name, at - begin, until - begin, self._window())
             out[at - start : until - start] = value
             at = until
         if at < stop:
@@ -201,6 +205,10 @@ class SavedState:
         for file in self._files.values():
             file.close()
         self._files.clear()
+
+    def _window(self) -> int:
+        """Bytes that a file may read ahead, while so many are open."""
+        return min(_WINDOW, max(_WINDOW_AT_LEAST, _WINDOWS // max(1, len(self._files))))
 
     def _file(self, name: str) -> "_Reader":
         if name not in self._files:
@@ -227,17 +235,17 @@ class _Reader:
         except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
             raise self._damaged(f"is no safetensors file ({error})") from None
 
-    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """(stop - start,) fp32 of the flat tensor."""
+    def read(self, name: str, start: int, stop: int, window: int) -> torch.Tensor:
+        """(stop - start,) fp32 of the flat tensor; `window`: bytes that are read at once where less is asked for."""
         first, last = self._places.get(name, (0, 0))
         place, size = self._begin + first + 4 * start, 4 * (stop - start)
         if start < 0 or place + size > self._begin + last:
             raise self._damaged(f"does not hold elements {start} to {stop} of {name}")
-        if size >= _WINDOW:
+        if size >= window:
             return self._tensor(self._file.read_at(size, place), size)
         offset = place - self._at
         if offset < 0 or offset + size > len(self._window):
-            self._window, self._at = memoryview(self._file.read_at(_WINDOW, place)), place
+            self._window, self._at = memoryview(self._file.read_at(window, place)), place
             offset = 0
         return self._tensor(self._window[offset : offset + size], size)
 

@@ -135,8 +135,29 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]))
 
 
+def told(engine: Engine, value: Any) -> Any:
+    """Rank 0's `value`, on every rank; all of them call it. Costs the logarithm of their number."""
+    if engine.world == 1:
+        return value
+    box = [value]
+    distributed.broadcast_object_list(box, src=0, device=engine.device)
+    return box[0]
+
+
+def any_of(engine: Engine, true: bool) -> bool:
+    """Whether it is true on any rank, on every rank, when all have come here."""
+    if engine.world == 1:
+        return true
+    found = torch.tensor(float(true), device=engine.device)
+    distributed.all_reduce(found, distributed.ReduceOp.MAX)
+    return bool(found.item())
+
+
 def gathered(engine: Engine, value: Any) -> list[Any]:
-    """`value` of every rank, on every rank; all of them call it."""
+    """`value` of every rank, on every rank; all of them call it.
+
+    For what seldom happens: each rank gets something of each, padded to the longest.
+    """
     if engine.world == 1:
         return [value]
     values: list[Any] = [None] * engine.world

@@ -4,6 +4,7 @@ import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,8 +37,8 @@ def fragment(start: int, count: int) -> Fragment:
     return Fragment(NAME, start, {part: values + number * 1000 for number, part in enumerate(PARTS)})
 
 
-def alone(value: Any) -> list[Any]:
-    return [value]
+ALONE: Any = SimpleNamespace(rank=0, world=1)
+"""As much of an engine as one rank needs to agree with itself."""
 
 
 def save(saver: Saver, step: int, more: dict[str, bytes] | None = None) -> Folder:
@@ -127,14 +128,14 @@ def test_a_damaged_checkpoint_is_told_of_and_the_one_before_is_taken(
     else:
         folders[1].write(tensors, folders[1].read(tensors)[:-1])
     told: list[str] = []
-    found = newest_whole(place, alone, 0, 1, told.append)
+    found = newest_whole(place, ALONE, told.append)
     assert found is not None and found.folder == folders[0]
     assert len(told) == 1 and "is damaged" in told[0] and told[0].endswith("going on from the one before")
     assert folders[1].uri in told[0]
     # It is out of the way, so that it counts for nothing and misleads nobody.
     assert list(folders[1].list()) == []
     flip(folders[0], tensors)
-    assert newest_whole(place, alone, 0, 1, told.append) is None
+    assert newest_whole(place, ALONE, told.append) is None
     assert told[1].endswith("starting from the beginning")
 
 
@@ -192,6 +193,34 @@ def test_what_a_kill_left_unfinished_goes_when_the_next_group_starts(
     place.clean()
     assert list(half.list()) == [] and committed(place) == [1]
     assert held[0].read("checkpoints/ray/state.json") == b"not ours"
+
+
+def test_what_a_rank_wrote_is_read_when_it_comes_and_not_after_the_last(
+    held: tuple[Folder, Lease], tmp_path: Path
+) -> None:
+    place = place_of(held)
+    savers = [saver_of(place, tmp_path, rank=rank, world=3) for rank in range(3)]
+    read: list[int] = []
+    came = threading.Event()
+    share = savers[0]._share
+
+    def noting(there: Folder, rank: int) -> files.Share:
+        read.append(rank)
+        if len(read) == 2:
+            came.set()
+        return share(there, rank)
+
+    savers[0]._share = noting  # type: ignore[method-assign]
+    save(savers[0], 1)
+    savers[1].save(1, [], {})
+    assert came.wait(20), "nothing was read before the last rank came"
+    assert sorted(read) == [0, 1]
+    savers[2].save(1, [], {})
+    for saver in reversed(savers):
+        saver.wait()
+        saver.close()
+    assert read[2:] == [2]
+    assert committed(place) == [1]
 
 
 def test_two_starts_of_a_group_never_write_into_one_checkpoint(

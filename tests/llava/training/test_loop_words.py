@@ -1,11 +1,15 @@
 """What ranks tell each other in a step arrives as it was said, however many say it."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from torch import distributed
 
 from llava.training.engine import AdamW, PlainEngine
-from llava.training.loop import Schedule, StepReport, train
+from llava.training.loop import Schedule, StepReport, any_of, told, train
 from tests.support.mixed_batches import pieces, write_mixed
 from tests.support.process_group import run_group
 from tests.support.tiny_llava import tiny_llava
@@ -37,3 +41,20 @@ def test_two_that_ask_do_not_say_stop(tmp_path: Path, workers: int) -> None:
     said[0] = [ASK, 0, ASK]
     for words in run_group(heard, workers, model, data, said):
         assert words == [ASK, STOP, ASK | STOP]
+
+
+def agreed(world: int) -> list[Any]:
+    """What this rank hears of rank 0, and of a thing that is true nowhere, somewhere, everywhere."""
+    rank = distributed.get_rank()
+    engine: Any = SimpleNamespace(rank=rank, world=world, device=torch.device("cpu"))
+    return [
+        told(engine, {"from": rank}),
+        any_of(engine, False),
+        any_of(engine, rank == world - 1),
+        any_of(engine, True),
+    ]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_all_ranks_hear_rank_0_and_what_is_true_on_any(workers: int) -> None:
+    assert run_group(agreed, workers, workers) == [[{"from": 0}, False, True, True]] * workers
