@@ -29,7 +29,8 @@ def place(
             for parameter in module.parameters(recurse=False):
                 if id(parameter) not in seen:
                     seen.add(id(parameter))
-                    parameter.data = _moved(parameter.data, device, dtype)
+                    # What is cut is written to first (rank 0's values go to all): not into the pages of the files.
+                    parameter.data = _moved(parameter.data, device, dtype, copy=cut is not None)
                     see(names[id(parameter)], parameter)
             for name, buffer in module.named_buffers(recurse=False):
                 kept = name in module._non_persistent_buffers_set
@@ -44,5 +45,5 @@ def _blocks(stock: Any) -> Iterator[nn.Module]:
     yield stock
 
 
-def _moved(value: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    return value.to(device, dtype) if value.is_floating_point() else value.to(device)
+def _moved(value: torch.Tensor, device: torch.device, dtype: torch.dtype, copy: bool = False) -> torch.Tensor:
+    return value.to(device, dtype if value.is_floating_point() else value.dtype, copy=copy)

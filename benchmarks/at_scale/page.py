@@ -55,8 +55,7 @@ _ABOUT_MEMORY = """
 
 MiB over the level when the phase began: median rank / largest rank. Own memory is `RssAnon` of `/proc/PID/status`,
 read from outside every 20 ms; mapped files (`RssFile`) are apart. What a start keeps is the model, which a GPU would
-hold. On a CPU a parameter that needs no conversion stays in the mapped file, and what writes into it, as ZeRO-3's
-broadcast does, turns its pages into own memory until the whole file is let go.
+hold. On a CPU a parameter that needs no conversion stays in the mapped file.
 
 """
 _ABOUT_ARITHMETIC = """

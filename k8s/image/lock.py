@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-PACKAGE = f"{HERE.parents[1]}[captions,concepts,judge,k8s,lora,mlflow-server,teacher]"
+PACKAGE = f"{HERE.parents[1]}[captions,concepts,judge,k8s,lora,mlflow-server,qlora,teacher]"
 BUILD = ("ninja", "setuptools", "wheel")
 """What DeepSpeed and our own package are built with."""
 HEAD = "# Made by `python k8s/image/lock.py`; see there.\n"
