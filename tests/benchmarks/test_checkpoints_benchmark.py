@@ -14,6 +14,7 @@ pytestmark = pytest.mark.slow
 RATES = projection.Rates(disk=2.0, network=1.25, host=20.0, link=50.0, sha=1.0, per_node=8)
 
 
+@pytest.mark.drill
 def test_the_command_measures_every_phase_and_writes_page_and_figures(tmp_path: Path) -> None:
     options = ["--parameters", "2e6", "--ranks", "2", "--zero", "2", "--rounds", "1", "--out", str(tmp_path)]
     done = subprocess.run(

@@ -186,11 +186,17 @@ BROKEN: dict[str, Callable[[Patch], None]] = {
 }
 
 
+QUICK = ("attention", "resume")
+"""The steps whose faults are tried in every run of the tests."""
+
+
 def test_there_is_a_fault_for_every_step() -> None:
     assert list(BROKEN) == [step.name for step in gpu_check.STEPS]
 
 
-@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.drill) for name in BROKEN]
+)
 def test_a_fault_is_a_failed_step_and_status_1(name: str, run: Any, monkeypatch: Patch) -> None:
     BROKEN[name](monkeypatch)
     status, steps = run("--only", name)

@@ -23,6 +23,7 @@ def installed() -> list[str]:
     return found[1].replace("'", "").split()
 
 
+@pytest.mark.drill
 def test_a_machine_with_what_the_page_installs_runs_every_step_or_says_what_is_missing(
     tmp_path: Path,
 ) -> None:

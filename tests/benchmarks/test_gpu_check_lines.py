@@ -54,6 +54,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("pretended")
+@pytest.mark.drill
 def test_every_step_runs_its_lines_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     about = here.about
     monkeypatch.setattr(here, "about", lambda device: about(torch.device("cuda")))

@@ -11,7 +11,7 @@ import pytest
 from benchmarks import ranks
 from tests.support.repository import REPOSITORY
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.drill]
 SMALL = (
     "--ranks 4 --steps 15 --slow-steps 4 --samples 20000 --global-batch 32 --step-seconds 0.005 --primitives 3 "
     "--plan-ranks 8 --plan-steps 2"

@@ -37,7 +37,9 @@ def test_a_run_moves_from_two_workers_to_one_to_four_and_through_the_zero_stages
     assert torch.allclose(others, weights, atol=1e-4)
 
 
-@pytest.mark.parametrize("zero", [pytest.param(1, marks=pytest.mark.drill), 2, 3])
+@pytest.mark.parametrize(
+    "zero", [pytest.param(1, marks=pytest.mark.drill), pytest.param(2, marks=pytest.mark.drill), 3]
+)
 def test_a_run_in_bf16_that_is_cut_as_it_is_placed_resumes_exactly(
     world: tuple[Path, Path], tmp_path: Path, zero: int
 ) -> None:
@@ -112,7 +114,7 @@ def test_lora_of_fused_experts_trains_in_zero_as_in_plain_torch(
     assert torch.allclose(weights, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("zero", [2, 3])
+@pytest.mark.parametrize("zero", [pytest.param(2, marks=pytest.mark.drill), 3])
 def test_a_vision_tower_learns_in_zero_as_in_plain_torch_and_resumes_exactly(
     world: tuple[Path, Path], tmp_path: Path, zero: int
 ) -> None:

@@ -250,6 +250,7 @@ def test_qlora_ends_in_a_stock_model_with_the_very_base_that_it_began_with(
     assert trained.manifest.notes["lora"]["adapted_share"] > 0.99
 
 
+@pytest.mark.drill
 def test_a_vision_tower_with_a_rate_is_learned_and_saved(run_in: Run, inputs: dict[str, Artifact]) -> None:
     settings = FinetuneSettings(
         **SMALL, template="chatml", workers=2, zero_stage=3, checkpointing="full", vision_learning_rate=1e-4
