@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from benchmarks import gpu_check
 from benchmarks.gpu_check import LEFT_OUT, OK
 from tests.support.bare_machine import environment
