@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +99,23 @@ def open_model(uri: str, tracking: Tracking | None = None) -> Path:
     if not (local / "config.json").is_file():
         raise RefusedInput(f"{folder}: no config.json lies there: the model that {uri} names is gone")
     return local
+
+
+def model_config(uri: str, tracking: Tracking | None = None) -> Any:
+    """The config of the model that `uri` names (see `resolve`), without its weights."""
+    from llava.model import load_config
+
+    folder = resolve(uri, tracking)
+    artifact = artifact_with(folder, MODEL)
+    store = artifact.folder.sub(MODEL) if artifact else open_store(folder)
+    with tempfile.TemporaryDirectory() as local:
+        try:
+            store.download("config.json", Path(local) / "config.json")
+        except FileNotFoundError:
+            raise RefusedInput(
+                f"{folder}: no config.json lies there: the model that {uri} names is gone"
+            ) from None
+        return load_config(Path(local))
 
 
 def tracking_uri(root: str) -> str:

@@ -212,7 +212,7 @@ def memory(sizes: Sizes, setup: Setup, work: Work) -> Memory:
         vision=vision.passing * work.images,
         update=update,
         buffers=buffers,
-        start=loaded / setup.gpus + a * _block(sizes) if setup.zero_stage == 3 else 0,
+        start=_start(sizes, setup, loaded) if setup.zero_stage == 3 else 0,
     )
 
 
@@ -269,6 +269,12 @@ def _static(setup: Setup, stored: int, learning: int) -> tuple[float, float, flo
     gathered = a * min(setup.live_parameters, stored)
     update = 0 if setup.offload else 4 * min(setup.live_parameters, learning / n)
     return gradients, optimizer, bucket + gathered, update
+
+
+def _start(sizes: Sizes, setup: Setup, loaded: float) -> float:
+    """Before ZeRO-3 has cut all: its part, and a block that is whole. What is in 4 bit is so before the first cut."""
+    held = loaded if setup.lora_bits == 4 else loaded / setup.gpus
+    return held + setup.element * _block(sizes)
 
 
 def _block(sizes: Sizes) -> int:

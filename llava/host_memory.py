@@ -28,7 +28,7 @@ class HostMemory:
     saving: float
     """The copy of the rank's share that is on its way to the disk."""
     exporting: float
-    """A decoder layer with what it learned, in fp32 and as it is written."""
+    """The largest piece with what it learned: as it is read, in fp32, and as it is written."""
     offloaded: float
     """fp32 weights, moments and gradients, where the optimizer works on the host."""
     mapped: float
@@ -51,7 +51,7 @@ def host_memory(sizes: Sizes, setup: Setup) -> HostMemory:
     return HostMemory(
         program=PROGRAM,
         saving=STATE * share,
-        exporting=(4 + setup.element) * layer,
+        exporting=(8 + setup.element) * layer,
         offloaded=(STATE + 4) * share if setup.offload else 0,
         mapped=setup.element * sizes.parameters,
     )

@@ -51,7 +51,7 @@ class Learned:
         largest: int = LARGEST,
     ) -> None:
         self._source, self._read, self._dtype, self._adapters = source, read, dtype, adapters
-        self._stock = models.load(source, models.dtype_of(models.load_config(source)))
+        self._stock = models.load(source, models.stored_dtype(source) or torch.float32)
         own = {id(parameter): name for name, parameter in self._stock.named_parameters()}
         state = remove_tied_weights_from_state_dict(self._stock.state_dict(keep_vars=True), self._stock)
         self._values = {name: value.detach() for name, value in state.items()}

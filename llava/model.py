@@ -29,6 +29,7 @@ from llava.agreement import NOT_READ, agree, features
 from llava.choices import Fit
 from llava.conversation import Encoder
 from llava.data.collate import PackedRow
+from llava.data.jsonl import from_json
 from llava.errors import RefusedInput
 from llava.packing import MASKED, layers_of, packed_hidden_states, set_packing, stock_attention_of, ties
 from llava.pixels import Pixels, fitted
@@ -300,6 +301,23 @@ def dtype_of(config: LlavaConfig) -> torch.dtype:
     """The precision that a folder's weights are kept in; fp32 where it names none."""
     named = config.dtype
     return named if isinstance(named, torch.dtype) else getattr(torch, named or "float32")
+
+
+def stored_dtype(folder: Path) -> torch.dtype | None:
+    """The one precision of all floating weights in a folder's files, whatever its config says; None where they differ.
+
+    Loaded in it, weights are mapped into memory and none is rounded.
+    """
+    found = set()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            table = from_json(file.read(int.from_bytes(file.read(8), "little")))
+        found |= {entry["dtype"] for name, entry in table.items() if name != "__metadata__"}
+    kinds = {_FLOATING[name] for name in found if name in _FLOATING}
+    return kinds.pop() if len(kinds) == 1 else None
+
+
+_FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def load_config(folder: Path) -> LlavaConfig:

@@ -12,6 +12,7 @@ added to those before rounding, so the model differs from the trained one by abo
 `tests/llava/test_quantized.py` measures both. The gain is a stock model that needs no bitsandbytes to answer.
 """
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -40,11 +41,17 @@ def refuse_experts(kind: str, fused: int, prefix: str = "") -> None:
 
 
 @torch.no_grad()
-def quantize(model: Any, device: torch.device, dtype: torch.dtype | None = None) -> None:
+def quantize(
+    model: Any,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    see: Callable[[str, nn.Parameter], None] | None = None,
+) -> None:
     """Put each linear layer of a stock LLaVA's language model on `device` in 4 bit, one after the other.
 
     No more than one matrix is on the device in its own precision. The rest of the model stays where it is. `dtype` is
-    that of training, in which the weights are when they are quantised; None: their own. Comes after `set_trainable`,
+    that of training, in which the weights are when they are quantised; None: their own. `see` is given each matrix
+    before: what is quantised may differ in its last bits from one device to another. Comes after `set_trainable`,
     since numbers of 4 bit have no gradient, and before `lora.inject`. Raises `RefusedInput` for fused experts.
     """
     if not available():
@@ -52,14 +59,18 @@ def quantize(model: Any, device: torch.device, dtype: torch.dtype | None = None)
     language = model.model.language_model
     refuse_experts(language.config.model_type, sum(1 for _ in stacks(language)))
     for name, linear in list(linear_layers(language)):
-        language.set_submodule(name, _in_4_bit(linear, device, dtype))
+        weight = linear.weight.detach().to(device, dtype)
+        if see is not None:
+            see(f"{name}.weight", nn.Parameter(weight, requires_grad=False))
+        language.set_submodule(name, _in_4_bit(linear, weight, device, dtype))
 
 
-def _in_4_bit(linear: nn.Linear, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
+def _in_4_bit(
+    linear: nn.Linear, weight: torch.Tensor, device: torch.device, dtype: torch.dtype | None
+) -> nn.Module:
     import bitsandbytes
 
     layers: Any = bitsandbytes.nn
-    weight = linear.weight.detach().to(device, dtype)
     made: Any = layers.Linear4bit(
         linear.in_features,
         linear.out_features,

@@ -10,9 +10,10 @@ from typing import Any
 from components.backbones import shipped
 from components.backbones.component import BackbonesSettings
 from components.contract import tell
-from components.registry import open_model
-from components.training.auto import candidates, setup_of, ways_out
+from components.registry import model_config
+from components.training.candidates import candidates, setup_of
 from components.training.settings import WITHOUT_GPU, TrainSettings
+from components.training.ways_out import ways_out
 from llava import estimate as arithmetic
 from llava.errors import RefusedInput
 from llava.estimate import GIB, RESERVE, Choice, Corpus, Gpu
@@ -95,7 +96,7 @@ def _stage(
         found,
         card,
         f"{config.name}, {name} on {gpus} x {gpu}",
-        lambda: list(ways_out(name, sizes, settings, parts, gpus, corpus, card)),
+        lambda: ways_out(name, sizes, settings, parts, gpus, corpus, card),
     )
     faster = min((each for each in found if not each.roomy), key=lambda each: each.seconds, default=None)
     return StagePlan(
@@ -115,23 +116,26 @@ def _stage(
     )
 
 
-def host_needs(config: WorkflowConfig) -> Iterator[tuple[str, HostMemory]]:
-    """What each training stage on GPUs takes of its nodes' own memory, where it runs on its fewest workers."""
+def host_needs(config: WorkflowConfig, gpus: int) -> Iterator[tuple[str, HostMemory, float]]:
+    """What each training stage takes of a node with so many GPUs: of a rank, and in all, at its worst.
+
+    With `min_workers` the group may be smaller: fewer ranks with larger shares.
+    """
     sizes = sizes_of(config)
     for step in plans.make_plan(config):
         if step.component.trains and step.settings.gpu:
             settings: TrainSettings = step.settings
             parts = settings.parts(step.component.trains)
-            setup = setup_of(settings, parts, settings.min_workers or settings.workers)
-            yield step.name, host_memory(sizes, setup)
+            counts = range(settings.min_workers or settings.workers, settings.workers + 1)
+            hosts = [(host_memory(sizes, setup_of(settings, parts, count)), count) for count in counts]
+            host, count = max(hosts, key=lambda each: each[0].node(min(gpus, each[1])))
+            yield step.name, host, host.node(min(gpus, count))
 
 
 def sizes_of(config: WorkflowConfig) -> Sizes:
     """The shapes of the config's model, without fetching anything."""
     if config.finetune.from_ is not None:
-        from llava.model import load_config
-
-        return llava_sizes(load_config(open_model(config.finetune.from_)).to_dict())
+        return llava_sizes(model_config(config.finetune.from_).to_dict())
     backbones = config.backbones
     vision, language = _part(backbones, "vision"), _part(backbones, "language")
     assert isinstance(vision, VisionSizes) and isinstance(language, LanguageSizes)

@@ -21,13 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.contract import Folder, Guard
+from components.contract import Folder, Guard, StoreError
 from components.contract.store import check_key
 from components.training.record import CHECKPOINTS
 from llava.data.jsonl import from_json
-from llava.errors import LlavaError
+from llava.errors import LlavaError, RefusedInput
 from llava.training import checkpoint as files
-from llava.training.checkpoint import Fragment, SavedState, Share, Written
+from llava.training.checkpoint import PARTS, Fragment, SavedState, Share, Written
 from llava.training.engine import Engine
 from llava.training.loop import any_of, gathered, told
 
@@ -112,6 +112,11 @@ class Saver:
             pending, self._pending = self._pending, None
             pending.result()
 
+    def check(self) -> None:
+        """Raise what went wrong with the share that is under way, as soon as that is known."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
     def save(self, step: int, fragments: Sequence[Fragment], more: Mapping[str, bytes]) -> Folder:
         """Store this rank's share of the checkpoint of `step`, after the one before, and its files `more`.
 
@@ -135,15 +140,33 @@ class Saver:
             if self.rank == 0:
                 self._commit(there)
         except BaseException as error:
-            # It will never be whole: what is there of it only takes room. The reason counts, not how this goes.
-            with contextlib.suppress(Exception):
-                there.delete_all()
+            self._take_away(there)
             if isinstance(error, OSError) and error.errno in _FULL:
+                full, way_out = there.uri, "make room, or keep fewer with keep_checkpoints"
+                if there.local_path is None:
+                    full, way_out = f"{self._scratch}, on its way to {there.uri}", "make room, or set TMPDIR"
                 raise LlavaError(
-                    f"checkpoint {there.uri}: {error.strerror}: make room, or keep fewer with keep_checkpoints; the "
-                    "same command goes on from the checkpoint before"
+                    f"checkpoint {full}: {error.strerror}: {way_out}; the same command goes on from the checkpoint "
+                    "before"
                 ) from error
             raise
+
+    def _take_away(self, there: Folder) -> None:
+        """What this rank wrote of a checkpoint that will never be whole. That of others is theirs: they may be at it.
+
+        The reason of the failure counts, not how this goes: the next start deletes what is left.
+        """
+        with contextlib.suppress(Exception):
+            if there.stat(COMMITTED) is None and self.world == 1:
+                there.delete_all()
+            elif there.stat(COMMITTED) is None:
+                own = f"-{self.rank:05d}"
+                for entry in list(there.list()):
+                    name = entry.key.partition(".")[0]
+                    if own in name or (self.rank == 0 and "-" not in name):
+                        there.delete(entry.key)
+                if (path := there.local_path) is not None:
+                    path.rmdir()
 
     def _written(self, there: Folder, fragments: Sequence[Fragment], more: Mapping[str, bytes]) -> Share:
         if (path := there.local_path) is not None:
@@ -166,7 +189,9 @@ class Saver:
         # Waiting may take longer than a lost lease takes to be taken over.
         self.place.guard.check()
         there.write(COMMITTED, json.dumps([share.as_json() for share in shares]).encode())
-        self.place.prune()
+        # It stands. What cannot be deleted now is deleted the next time.
+        with contextlib.suppress(StoreError, OSError):
+            self.place.prune()
 
     def _arrived(self, there: Folder) -> list[Share]:
         """What all ranks wrote, by rank, when they have. Each is read as it comes: after the last one little is left
@@ -198,14 +223,21 @@ class Checkpoint:
     """A committed checkpoint."""
 
     def __init__(self, folder: Folder) -> None:
-        """Raises `Damaged` where the marker cannot be read."""
+        """Raises `Damaged` where the marker is none; a store that does not answer is another matter."""
         self.folder = folder
+        marker = folder.read(COMMITTED)
         try:
-            self.shares = [Share.from_json(one) for one in from_json(folder.read(COMMITTED))]
+            self.shares = [Share.from_json(one) for one in from_json(marker)]
             self.files: dict[str, Written] = {}
             for share in self.shares:
                 self.files |= {check_key(name): file for name, file in share.files.items()}
-        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError, LlavaError) as error:
+                if share.pieces and not all(
+                    any(name.startswith(f"{part}-") for name in share.files) for part in PARTS
+                ):
+                    raise ValueError("a share without its tensors")
+            if files.STATE not in self.files:
+                raise ValueError(f"no {files.STATE} is in it")
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError, RefusedInput) as error:
             raise Damaged(f"{COMMITTED} cannot be read ({type(error).__name__}: {error})") from None
 
     def check(self, rank: int, world: int) -> None:
@@ -248,7 +280,7 @@ def newest_whole(place: Place, engine: Engine, tell: Callable[[str], None]) -> C
     chief = engine.rank == 0
     candidates: list[Folder] = told(engine, place.newest_first() if chief else None)
     for number, folder in enumerate(candidates):
-        found, problem = _looked_at(folder, engine.rank, engine.world)
+        found, problem = looked_at(folder, engine)
         if not any_of(engine, problem is not None):
             return found
         problems = [each for each in gathered(engine, problem) if each is not None]
@@ -262,10 +294,11 @@ def newest_whole(place: Place, engine: Engine, tell: Callable[[str], None]) -> C
     return None
 
 
-def _looked_at(folder: Folder, rank: int, world: int) -> tuple[Checkpoint | None, str | None]:
+def looked_at(folder: Folder, engine: Engine) -> tuple[Checkpoint | None, str | None]:
+    """The checkpoint, or what this rank finds wrong with its part of it."""
     try:
         found = Checkpoint(folder)
-        found.check(rank, world)
+        found.check(engine.rank, engine.world)
     except Damaged as damaged:
         return None, str(damaged)
     except FileNotFoundError as gone:

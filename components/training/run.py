@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from components.contract import TrackedRun
-from components.training.checkpoints import Checkpoint, newest_whole
+from components.contract import Folder, StoreError, TrackedRun
+from components.training.checkpoints import Checkpoint, looked_at, newest_whole
 from components.training.model_files import ModelFiles
 from components.training.observers.base import Observer, RunState
 from components.training.observers.heldout import HeldOutLoss
@@ -83,7 +83,7 @@ class Run:
         # Rank 0 has committed it when it comes here.
         self._meet()
         assert state.checkpoint is not None
-        last = Checkpoint(state.checkpoint)
+        last = self._checked(state.checkpoint)
         with contextlib.closing(last.state(last.position(self.identity))) as saved:
             learned = Learned(
                 source,
@@ -102,6 +102,15 @@ class Run:
         state.task.folder.write(SAMPLES, to_jsonl(samples_of(last)))
         # Last: who finds the history finds all.
         state.task.folder.write(HISTORY, to_jsonl(state.history))
+
+    def _checked(self, folder: Folder) -> Checkpoint:
+        """The checkpoint, if it is what was committed. Else the group starts again, from the one before."""
+        found, problem = looked_at(folder, self.state.engine)
+        if any_of(self.state.engine, problem is not None) or found is None:
+            raise StoreError(
+                f"checkpoint {folder.uri}, just before the export: {problem or 'another rank found it damaged'}"
+            )
+        return found
 
     def close(self) -> None:
         """However the run ends."""

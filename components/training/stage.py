@@ -164,6 +164,7 @@ def _run(job: Job[Any], parts: tuple[str, ...], view: str) -> None:
     except LlavaError:
         raise
     except Exception as error:
+        _take_away_partial(job)
         _raise_told(client)
         raise LlavaError(f"{job.component}: the training workers failed for good: {error}") from error
     _raise_told(client)
@@ -172,6 +173,14 @@ def _run(job: Job[Any], parts: tuple[str, ...], view: str) -> None:
             f"{job.component}: stopped and saved after step {client.stopped_after()}; "
             "the same command goes on from there"
         )
+
+
+def _take_away_partial(job: Job[Any]) -> None:
+    """Delete checkpoints that no rank will finish any more: a full disk has room again at once."""
+    from components.training.checkpoints import Place
+
+    with contextlib.suppress(Exception):
+        Place(job.folder, job.lease.guard, job.settings.keep_checkpoints, job.earlier).clean()
 
 
 def _trainer(job: Job[Any], task: Task) -> Any:

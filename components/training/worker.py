@@ -93,17 +93,17 @@ class _Setup:
         dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
         self.source = task.model.local(MODEL)
         # As it is stored, the system maps it: one copy for all ranks of a node, and none that is theirs.
-        stock = models.load(self.source, models.dtype_of(models.load_config(self.source)))
+        stock = models.load(self.source, models.stored_dtype(self.source) or dtype)
         models.set_trainable(stock, list(task.parts))
         cost = models.image_cost(stock)
+        frozen = FrozenDigest()
         if settings.lora_bits == 4:
-            quantized.quantize(stock, device, dtype)
+            quantized.quantize(stock, device, dtype, frozen.add)
         processor = models.load_processor(self.source, settings.image_fit)
         if task.training == "lora":
             lora.inject(stock, settings.adapters(), settings.seed)
-        frozen = FrozenDigest()
         cut = partial(partition, config=task.deepspeed) if settings.zero_stage == 3 else None
-        place(stock, device, dtype, frozen.add, cut)
+        place(stock, device, dtype, frozen.add_whole, cut)
         pixels = Pixels(processor.image_processor)
         encoder = self._encoder(processor, stock.config)
         task.folder.download(INDEX, scratch / INDEX)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from pyarrow import fs
 from torch import nn
@@ -178,6 +179,7 @@ class SavedState:
     def read(self, part: str, name: str, start: int, stop: int) -> torch.Tensor:
         """(stop - start,) fp32: these elements of the flat parameter, of one of `PARTS`."""
         out = torch.empty(stop - start, dtype=torch.float32)
+        values: np.ndarray = out.numpy()
         pieces, at = self._parts.get(name, []), start
         first = max(0, bisect_right(pieces, start, key=lambda piece: piece[0]) - 1)
         for begin, end, files in pieces[first:]:
@@ -187,7 +189,7 @@ class SavedState:
                 continue
             until = min(end, stop)
             value = self._file(files[part]).read(name, at - begin, until - begin, self._window())
-            out[at - start : until - start] = value
+            values[at - start : until - start] = value
             at = until
         if at < stop:
             raise LlavaError(
@@ -235,24 +237,24 @@ class _Reader:
         except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
             raise self._damaged(f"is no safetensors file ({error})") from None
 
-    def read(self, name: str, start: int, stop: int, window: int) -> torch.Tensor:
-        """(stop - start,) fp32 of the flat tensor; `window`: bytes that are read at once where less is asked for."""
+    def read(self, name: str, start: int, stop: int, window: int) -> np.ndarray:
+        """(stop - start,) fp32 of the flat tensor, read-only; `window`: bytes read at once where less is asked for."""
         first, last = self._places.get(name, (0, 0))
         place, size = self._begin + first + 4 * start, 4 * (stop - start)
         if start < 0 or place + size > self._begin + last:
             raise self._damaged(f"does not hold elements {start} to {stop} of {name}")
         if size >= window:
-            return self._tensor(self._file.read_at(size, place), size)
+            return self._values(self._file.read_at(size, place), size)
         offset = place - self._at
         if offset < 0 or offset + size > len(self._window):
             self._window, self._at = memoryview(self._file.read_at(window, place)), place
             offset = 0
-        return self._tensor(self._window[offset : offset + size], size)
+        return self._values(self._window[offset : offset + size], size)
 
-    def _tensor(self, data: Any, size: int) -> torch.Tensor:
+    def _values(self, data: Any, size: int) -> np.ndarray:
         if len(data) != size:
             raise self._damaged("is shorter than its table says")
-        return torch.frombuffer(bytearray(data), dtype=torch.float32) if size else torch.empty(0)
+        return np.frombuffer(data, np.float32)
 
     def _damaged(self, what: str) -> LlavaError:
         return LlavaError(f"{self._where} {what}: delete the checkpoint to resume from the one before")
@@ -307,6 +309,11 @@ class FrozenDigest:
                 bits += f"{name}{part} {tuple(tensor.shape)}".encode()
                 bits += rows.contiguous().cpu().view(torch.uint8).numpy().tobytes()
             self._found[name] = bits
+
+    def add_whole(self, name: str, parameter: nn.Parameter) -> None:
+        """`add`, unless it is in 4 bit: it was counted before (`quantized.quantize`)."""
+        if getattr(parameter, "quant_state", None) is None:
+            self.add(name, parameter)
 
     def hexdigest(self) -> str:
         """The sha256 of all, in the order of their names."""

@@ -48,6 +48,8 @@ HOW = {
     "components/training/profiling.py": "traces",
     "components/training/utilisation.py": "a figure that is told",
     "components/training/auto.py": "a choice that changes no result",
+    "components/training/candidates.py": "a choice that changes no result",
+    "components/training/ways_out.py": "what people are told",
     "components/training/checkpoints.py": "where an interrupted run goes on",
     "components/shard/report.py": "what people are shown",
     "components/shard/quality.py": "what people are shown",
@@ -56,6 +58,7 @@ HOW = {
     "components/filter/report.py": "what people are shown",
     "components/datasets/samples.py": "what people are shown",
     "llava/estimate.py": "a forecast",
+    "llava/host_memory.py": "a forecast",
     "llava/errors.py": "messages",
 }
 

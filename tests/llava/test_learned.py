@@ -132,3 +132,14 @@ def test_an_embedding_that_is_the_head_is_written_once(tmp_path: Path) -> None:
     ours, theirs = tensors(made), tensors(tmp_path / "whole")
     assert set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert not any("lm_head" in name for name in ours)
+
+
+@pytest.mark.parametrize("named", ["float16", "bfloat16"])
+def test_weights_are_not_rounded_to_what_the_config_calls_their_precision(tmp_path: Path, named: str) -> None:
+    source = tiny_llava(tmp_path / "model")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"dtype": named}))
+    assert models.stored_dtype(source) == torch.float32
+    made = write(source, {}, torch.float32, False, 2 << 30, tmp_path / "pieces")
+    ours, theirs = tensors(made), tensors(source)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

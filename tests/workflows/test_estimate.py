@@ -289,6 +289,34 @@ def test_a_refusal_says_what_would_fit_and_it_does(
         assert llava("llava-v1.5-7b", "--gpus", count, "--gpu", card, *sets)[0] == 0, way
 
 
+@pytest.mark.parametrize(
+    "sets",
+    [
+        ["finetune.zero_stage=1"],
+        ["finetune.tokens_per_row=16384", "finetune.checkpointing=none"],
+        ["finetune.zero_stage=3", "finetune.deepspeed_config=ZERO_3"],
+    ],
+)
+def test_what_a_refusal_offers_can_be_written_and_fits(
+    llava: Command, tmp_path: Path, sets: list[str]
+) -> None:
+    """Also where a setting that was made stands in the way, or a DeepSpeed JSON that repeats one."""
+    (tmp_path / "zero3.json").write_text('{"zero_optimization": {"stage": 3}}')
+    given = [part for one in sets for part in ("--set", one.replace("ZERO_3", str(tmp_path / "zero3.json")))]
+    status, _, err = llava("llava-v1.5-7b", "--gpus", "1", "--gpu", "a100-40g", *given)
+    assert status == 2 and "does not fit: the least" in err, err
+    ways = err.partition("What would fit: ")[2].strip().split("; ")
+    assert len(ways) >= 2, err
+    for way in ways:
+        written = way.partition(" (")[0]
+        count = written.partition(" of these")[0] if "of these" in written else "1"
+        card = written.partition(" with ")[0].partition(" x ")[2] or "a100-40g"
+        more = [word.strip(",") for word in written.split() if word.startswith("finetune.")]
+        changes = [part for one in more for part in ("--set", one)]
+        status, _, told = llava("llava-v1.5-7b", "--gpus", count, "--gpu", card, *given, *changes)
+        assert status == 0, (way, told)
+
+
 def test_lora_is_what_one_card_can_train(llava: Command) -> None:
     assert llava("llava-v1.5-7b", "--gpus", "1", "--gpu", "a100-80g")[0] == 2
     assert llava("llava-v1.5-7b-lora", "--gpus", "1", "--gpu", "a100-80g")[0] == 0

@@ -7,7 +7,7 @@ import math
 import re
 from typing import Any
 
-from llava.errors import RefusedInput
+from llava.errors import LlavaError, RefusedInput
 from llava.estimate import GIB
 from workflows import estimate
 from workflows.config import WorkflowConfig
@@ -30,21 +30,23 @@ _QUANTITY = re.compile(r"(\d+(?:\.\d+)?)([kMGT]i?|Ki)?")
 def give_memory(job: dict[str, Any], config: WorkflowConfig) -> list[str]:
     """Raise the memory of `job`'s pods with GPUs to what `config` needs; a line for each group that was raised.
 
-    Nothing is changed for a model whose shapes are not known before it is fetched.
+    Nothing is changed for a model whose shapes are not known before it is fetched; the line says so.
     """
-    try:
-        needs = list(estimate.host_needs(config))
-    except RefusedInput:
-        return []
     told = []
     for group in (job["spec"].get("rayClusterSpec") or {}).get("workerGroupSpecs") or []:
         for container in group["template"]["spec"]["containers"][:1]:
             resources = container.get("resources") or {}
             given = resources.get("limits") or {}
-            if not (gpus := int(given.get(_GPU, 0))) or "memory" not in given or not needs:
+            if not (gpus := int(given.get(_GPU, 0))) or "memory" not in given:
                 continue
-            stage, host = max(needs, key=lambda need: need[1].node(gpus))
-            wanted = math.ceil(host.node(gpus) / GIB)
+            try:
+                needs = list(estimate.host_needs(config, gpus))
+            except LlavaError as error:
+                return [f"memory of the pods was not looked at: {error}"]
+            if not needs:
+                continue
+            stage, host, whole = max(needs, key=lambda need: need[2])
+            wanted = math.ceil(whole / GIB)
             if wanted * GIB > _bytes(str(given["memory"])):
                 told.append(
                     f"pods of group {group['groupName']}: {given['memory']} -> {wanted}Gi of memory, since {stage} "

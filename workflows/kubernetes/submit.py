@@ -50,10 +50,10 @@ def submit(request: Request, cluster: Cluster) -> str | None:
     job = rayjob.copy_of(template, name, entrypoint)
     rayjob.check(job)
     config = _check(entrypoint)
-    for line in give_memory(job, config) if config else []:
-        say(line)
     if request.if_new and not _anything_new(entrypoint):
         return None
+    for line in give_memory(job, config) if config else []:
+        say(line)
     if _is_submitted(cluster, request, job):
         say(f"{name} was submitted before: {entrypoint}")
     else:

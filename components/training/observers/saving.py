@@ -32,6 +32,7 @@ class Saving(Observer):
             self.state.client.stopped(None)
 
     def stepped(self, report: StepReport, entry: Entry) -> None:
+        self._saver.check()
         self._own.append({"step": report.step, "ids": report.ids})
 
     def leaving(self, report: StepReport) -> None:

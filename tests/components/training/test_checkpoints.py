@@ -2,15 +2,17 @@
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
-from components.contract import Folder, Lease, LeaseLost, acquire, open_store
+from components.contract import Folder, Lease, LeaseLost, StoreError, acquire, open_store
+from components.contract.store.folder import FolderStore
 from components.training import checkpoints
 from components.training.checkpoints import COMMITTED, Checkpoint, Place, Saver, newest_whole
 from llava.errors import LlavaError
@@ -283,3 +285,114 @@ def test_who_waits_for_shares_that_never_come_ends_with_the_run(
     assert committed(place) == []
     with pytest.raises(LlavaError, match="before all ranks had stored"):
         saver.wait()
+
+
+class Away(FolderStore):
+    """A store that does not answer where it is asked for a marker or to delete."""
+
+    failing: ClassVar[set[str]] = set()
+
+    def _away(self, what: str, key: str) -> None:
+        if what in self.failing and (not key or COMMITTED in key or key.startswith("state")):
+            raise StoreError(f"{self.uri}/{key} did not answer")
+
+    def fetch(self, key: str, most: int | None = None) -> tuple[bytes, str] | None:
+        self._away("read", key)
+        return super().fetch(key, most)
+
+    def delete_all(self, prefix: str = "") -> None:
+        self._away("delete", prefix)
+        super().delete_all(prefix)
+
+    def sub(self, prefix: str) -> "Away":
+        return Away(self._path(prefix.strip("/")))
+
+
+@pytest.fixture
+def away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    monkeypatch.setattr(Away, "failing", set())
+    folder = Away(tmp_path / "root/finetune/0123")
+    with acquire(folder) as lease:
+        yield Place(folder, lease.guard, 1)
+
+
+def test_a_store_that_is_away_for_a_moment_costs_no_checkpoint(away: Place, tmp_path: Path) -> None:
+    saver = saver_of(away, tmp_path)
+    save(saver, 1)
+    saver.wait()
+    saver.close()
+    Away.failing.add("read")
+    with pytest.raises(StoreError, match="did not answer"):
+        newest_whole(away, ALONE, pytest.fail)
+    Away.failing.clear()
+    assert committed(away) == [1]
+
+
+def test_what_cannot_be_deleted_after_the_commit_costs_no_checkpoint(away: Place, tmp_path: Path) -> None:
+    saver = saver_of(away, tmp_path)
+    save(saver, 1)
+    saver.wait()
+    Away.failing.add("delete")
+    save(saver, 2)
+    saver.wait()
+    Away.failing.clear()
+    assert committed(away) == [2]
+    save(saver, 3)
+    saver.wait()
+    saver.close()
+    assert committed(away) == [3]
+
+
+def test_a_rank_that_fails_after_the_commit_takes_nothing_away(
+    held: tuple[Folder, Lease], tmp_path: Path
+) -> None:
+    """Its share arrived, and the answer that said so was lost."""
+    place = place_of(held, keep=1)
+    first, second = (saver_of(place, tmp_path, rank=rank, world=2) for rank in (0, 1))
+    written = second._written
+
+    def late(*given: Any) -> Any:
+        share = written(*given)
+        there: Folder = given[0]
+        there.write(files.share_file(1), json.dumps(share.as_json()).encode())
+        first.wait()
+        raise StoreError("timed out")
+
+    second._written = late  # type: ignore[method-assign]
+    save(first, 1)
+    second.save(1, [], {})
+    with pytest.raises(StoreError, match="timed out"):
+        second.wait()
+    assert committed(place) == [1]
+    found = newest_whole(place, ALONE, pytest.fail)
+    assert found is not None
+    for saver in (first, second):
+        saver.close()
+
+
+@pytest.mark.parametrize(
+    "marker", ["[]", "{}", '[{"files": {}, "pieces": {"a": [0, 1]}}]', '[{"files": {}}]']
+)
+def test_a_marker_that_names_too_little_is_damaged(away: Place, tmp_path: Path, marker: str) -> None:
+    saver = saver_of(away, tmp_path)
+    folder = save(saver, 1)
+    saver.wait()
+    saver.close()
+    folder.write(COMMITTED, marker.encode())
+    with pytest.raises(checkpoints.Damaged):
+        Checkpoint(folder)
+
+
+def test_a_failed_share_is_told_before_the_next_save(held: tuple[Folder, Lease], tmp_path: Path) -> None:
+    saver = saver_of(place_of(held), tmp_path)
+
+    def fails(*given: Any) -> Any:
+        raise StoreError("no answer")
+
+    saver._written = fails  # type: ignore[method-assign]
+    save(saver, 1)
+    with pytest.raises(StoreError, match="no answer"):
+        for _ in range(200):
+            saver.check()
+            time.sleep(0.02)
+    saver.close()

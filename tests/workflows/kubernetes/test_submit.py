@@ -11,6 +11,8 @@ from components.contract import open_store
 from tests.support.kubernetes.api_server import ApiServer
 from tests.support.kubernetes.rendering import K8S, of_kind, pods, render
 from tests.support.kubernetes.submitting import NAME, ORDER, TRAIN, Command, last
+from workflows import config as configs
+from workflows import estimate
 from workflows.kubernetes import rayjob
 from workflows.kubernetes.api import Cluster
 from workflows.kubernetes.submit import Request, submit
@@ -237,3 +239,21 @@ def test_pods_get_the_memory_that_the_stages_take(llava: Command, server: ApiSer
 def test_pods_that_have_enough_memory_keep_what_the_template_gives(llava: Command, server: ApiServer) -> None:
     assert llava(*TRAIN)[0] == 0
     assert server.bodies[0]["spec"]["rayClusterSpec"] == server.jobs["llava"]["spec"]["rayClusterSpec"]
+
+
+def test_ranks_of_a_smaller_group_are_not_counted_for_gpus_that_it_does_not_have() -> None:
+    """On pods of eight GPUs: eight ranks with an eighth each, or two with a half each; never eight with a half."""
+    sets = [
+        *(f"backbones.{which}_revision={'0123456789abcdef' * 2}89abcdef" for which in ("vision", "language")),
+        "shard.path=/data",
+        "shard_captions.path=/data",
+    ]
+
+    def needed(*more: str) -> float:
+        config = configs.load("llava-v1.5-7b", [*sets, *more])
+        return max(whole for _, _, whole in estimate.host_needs(config, 8)) / 2**30
+
+    eight, elastic, one = needed(), needed("finetune.min_workers=2"), needed("finetune.workers=1")
+    assert 110 < eight < 130
+    assert eight <= elastic < 1.2 * eight
+    assert one < eight
