@@ -242,8 +242,8 @@ def test_a_step_that_hangs_is_cut_off_with_the_budget_and_the_rest_is_left_out(
     monkeypatch.setattr(gpu_check, "_needed", lambda step, bench: 1.0)
     given(monkeypatch, first=lambda bench, findings: time.sleep(0.1), second=hangs, third=hangs)
     began = time.monotonic()
-    status, steps = run("--minutes", "0.05")
-    assert time.monotonic() - began < 10
+    status, steps = run("--minutes", "0.15")
+    assert time.monotonic() - began < 30
     assert status == 1
     assert [step["state"] for step in steps.values()] == [OK, FAILED, LEFT_OUT]
     assert (
