@@ -38,8 +38,8 @@ Of the slowest rank. The ranks share the cores and one disk.
 """
 _ABOUT_SECONDS = """
 - save, held up: what training waits for
-- save, committed: until the marker is there and the ranks have met. *before* flushes what it uploads; *after* does not,
-  and reads its files again for their digests
+- save, committed: until the marker is there and the ranks have met. Both flush what they write; *after* also reads
+  its files again for their digests
 - then to the disk: an fsync of all files after that
 - start: loading, placing and the digest of what is frozen; with ZeRO-3 *after* also cuts the parameters, which *before*
   leaves to DeepSpeed
