@@ -48,9 +48,9 @@ def file_name(number: int, count: int) -> str:
     return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
-def write_index(folder: Path, places: dict[str, str], total: int) -> None:
+def write_index(folder: Path, weight_map: dict[str, str], total: int) -> None:
     """Say which weight lies in which file; `total` bytes of weights."""
-    body = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+    body = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / _INDEX).write_text(json.dumps(body, indent=2) + "\n")
 
 

@@ -82,7 +82,7 @@ class Learned:
 
     def write_rest(self, folder: Path, fit: Fit, template: str) -> None:
         """Everything but the weights: configs, tokenizer, image processor, and which weight lies in which file."""
-        places = {
+        weight_map = {
             name: file.name for file in self.files for block in file.blocks for name in self._forms[block]
         }
         total = sum(form.bytes for forms in self._forms.values() for form in forms.values())
@@ -94,7 +94,7 @@ class Learned:
             template,
         )
         if len(self.files) > 1:
-            export.write_index(folder, places, total)
+            export.write_index(folder, weight_map, total)
 
     def _split(self, largest: int) -> Iterator[ModelFile]:
         groups: list[list[str]] = [[]]

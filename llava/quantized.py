@@ -92,16 +92,3 @@ def _in_4_bit(
     made.support_avx512bf16_for_cpu = False
     made.train(linear.training)
     return made  # type: ignore[no-any-return]
-
-
-def parts(parameter: nn.Parameter) -> dict[str, torch.Tensor]:
-    """The tensors that a parameter consists of, by what their names end with; in 4 bit the codes, and their scales.
-
-    The first dimension is that of the matrix where it can be, though the codes are stored in one row.
-    """
-    state = getattr(parameter, "quant_state", None)
-    if state is None:
-        return {"": parameter}
-    codes = parameter.data.flatten()
-    rows = int(state.shape[0])
-    return {"": codes.view(rows, -1) if len(codes) % rows == 0 else codes, **state.as_dict(packed=True)}

@@ -1,7 +1,7 @@
 """A safetensors file that is written a tensor at a time, so that no more than one of them need be in memory.
 
 The library's own `save_file` takes all tensors of a file at once and copies them. The format is a JSON table of names,
-types, shapes and places, and behind it the numbers (https://github.com/huggingface/safetensors#format).
+types, shapes and offsets, followed by the numbers (https://github.com/huggingface/safetensors#format).
 """
 
 import json
@@ -47,16 +47,16 @@ class TensorFile:
     """Writes `forms` into the new file `path`; each tensor is given once, in any order, before the end."""
 
     def __init__(self, path: Path, forms: Mapping[str, Form]) -> None:
-        self._forms, self._places, end = dict(forms), {}, 0
+        self._forms, self._offsets, end = dict(forms), {}, 0
         table: dict[str, object] = {"__metadata__": {"format": "pt"}}
         # The widest first: each tensor then begins where its type may lie in memory.
         for name in sorted(forms, key=lambda name: -forms[name].dtype.itemsize):
             form = forms[name]
-            self._places[name], end = end, end + form.bytes
+            self._offsets[name], end = end, end + form.bytes
             table[name] = {
                 "dtype": _TYPES[form.dtype],
                 "shape": list(form.shape),
-                "data_offsets": [self._places[name], end],
+                "data_offsets": [self._offsets[name], end],
             }
         head = json.dumps(table, separators=(",", ":")).encode()
         head += b" " * (-len(head) % 8)
@@ -69,7 +69,7 @@ class TensorFile:
         """Write one of the tensors; it has the form that was promised."""
         if Form.of(tensor) != (promised := self._forms.pop(name)):
             raise AssertionError(f"{name}: {Form.of(tensor)} came, {promised} was promised")
-        self._file.seek(self._begin + self._places[name])
+        self._file.seek(self._begin + self._offsets[name])
         self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def __enter__(self) -> Self:

@@ -11,7 +11,7 @@ import torch
 
 from components.contract import StoreError
 from components.training.board import ProgressClient
-from components.training.checkpoints import Place
+from components.training.checkpoints import CheckpointFolders, Damaged
 from components.training.data import HELD_OUT_INDEX, INDEX, MODEL, open_all, source_of
 from components.training.deepspeed_engine import DeepSpeedEngine, partition, prepare_environment
 from components.training.observers.base import RunState
@@ -42,8 +42,8 @@ def work(task: Task) -> None:
         return
     try:
         _work(task)
-    except StoreError:
-        # A store that is away for a moment: starting again may help.
+    except (StoreError, Damaged):
+        # A store that is away for a moment, or a checkpoint before which there may be another: starting again may help.
         raise
     except LlavaError as error:
         dataset = f"dataset {task.dataset.uri}: " if isinstance(error.__cause__, BadImage) else ""
@@ -61,7 +61,7 @@ def _work(task: Task) -> None:
             setup.plan,
             Path(scratch),
             ProgressClient(task.progress_actor),
-            Place(task.folder, task.guard, settings.keep_checkpoints, task.earlier),
+            CheckpointFolders(task.folder, task.guard, settings.keep_checkpoints, task.earlier),
             told(setup.engine, uuid4().hex[:8]),
         )
         observers = observers_of(state, setup.identity, setup.utilisation, setup.heldout)
@@ -103,7 +103,7 @@ class _Setup:
         if task.training == "lora":
             lora.inject(stock, settings.adapters(), settings.seed)
         cut = partial(partition, config=task.deepspeed) if settings.zero_stage == 3 else None
-        place(stock, device, dtype, frozen.add_whole, cut)
+        place(stock, device, dtype, frozen.add, cut)
         pixels = Pixels(processor.image_processor)
         encoder = self._encoder(processor, stock.config)
         task.folder.download(INDEX, scratch / INDEX)

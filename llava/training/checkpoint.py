@@ -22,7 +22,6 @@ from torch import nn
 
 from llava.data.jsonl import from_json
 from llava.errors import LlavaError
-from llava.quantized import parts
 from llava.tensor_file import Form, TensorFile
 
 STATE = "state.json"
@@ -229,7 +228,7 @@ class _Reader:
             if length > _HEADER_AT_MOST:
                 raise ValueError(f"a table of {length:,} bytes")
             self._begin = 8 + length
-            self._places = {
+            self._offsets = {
                 str(name): (int(entry["data_offsets"][0]), int(entry["data_offsets"][1]))
                 for name, entry in from_json(file.read_at(length, 8)).items()
                 if name != "__metadata__" and entry["dtype"] == "F32"
@@ -239,17 +238,16 @@ class _Reader:
 
     def read(self, name: str, start: int, stop: int, window: int) -> np.ndarray:
         """(stop - start,) fp32 of the flat tensor, read-only; `window`: bytes read at once where less is asked for."""
-        first, last = self._places.get(name, (0, 0))
-        place, size = self._begin + first + 4 * start, 4 * (stop - start)
-        if start < 0 or place + size > self._begin + last:
+        first, last = self._offsets.get(name, (0, 0))
+        offset, size = self._begin + first + 4 * start, 4 * (stop - start)
+        if start < 0 or offset + size > self._begin + last:
             raise self._damaged(f"does not hold elements {start} to {stop} of {name}")
         if size >= window:
-            return self._values(self._file.read_at(size, place), size)
-        offset = place - self._at
-        if offset < 0 or offset + size > len(self._window):
-            self._window, self._at = memoryview(self._file.read_at(window, place)), place
-            offset = 0
-        return self._values(self._window[offset : offset + size], size)
+            return self._values(self._file.read_at(size, offset), size)
+        if offset < self._at or offset + size > self._at + len(self._window):
+            self._window, self._at = memoryview(self._file.read_at(window, offset)), offset
+        ahead = offset - self._at
+        return self._values(self._window[ahead : ahead + size], size)
 
     def _values(self, data: Any, size: int) -> np.ndarray:
         if len(data) != size:
@@ -301,19 +299,16 @@ class FrozenDigest:
 
     @torch.no_grad()
     def add(self, name: str, parameter: nn.Parameter) -> None:
-        """Count `parameter` in, unless it trains."""
-        if not parameter.requires_grad:
-            bits = b""
-            for part, tensor in sorted(parts(parameter).items()):
-                rows = torch.hash_tensor(tensor.flatten(1), dim=1) if tensor.dim() > 1 else tensor.flatten()
-                bits += f"{name}{part} {tuple(tensor.shape)}".encode()
-                bits += rows.contiguous().cpu().view(torch.uint8).numpy().tobytes()
-            self._found[name] = bits
+        """Count `parameter` in, unless it trains.
 
-    def add_whole(self, name: str, parameter: nn.Parameter) -> None:
-        """`add`, unless it is in 4 bit: it was counted before (`quantized.quantize`)."""
-        if getattr(parameter, "quant_state", None) is None:
-            self.add(name, parameter)
+        One in 4 bit is skipped: its values may depend on the device. `quantized.quantize` reports the original.
+        """
+        if not parameter.requires_grad and getattr(parameter, "quant_state", None) is None:
+            rows = (
+                torch.hash_tensor(parameter.flatten(1), dim=1) if parameter.dim() > 1 else parameter.flatten()
+            )
+            bits = rows.contiguous().cpu().view(torch.uint8).numpy().tobytes()
+            self._found[name] = f"{name} {tuple(parameter.shape)}".encode() + bits
 
     def hexdigest(self) -> str:
         """The sha256 of all, in the order of their names."""

@@ -104,12 +104,22 @@ def test_loss_and_gradients_are_those_of_a_stock_model_with_rounded_weights(
     assert max(apart(found[name], reference[name]) for name in found) < 1e-4
 
 
+def codes_of(stock: Any) -> dict[str, torch.Tensor]:
+    """What the matrices in 4 bit consist of, scales included."""
+    return {
+        f"{name} {part}": value.clone()
+        for name, parameter in stock.named_parameters()
+        if getattr(parameter, "quant_state", None) is not None
+        for part, value in {"codes": parameter.data, **parameter.quant_state.as_dict(packed=True)}.items()
+    }
+
+
 def test_a_run_learns_and_merges_into_a_stock_model_as_near_as_quantising_lets_it(
     world: tuple[Path, Path], tmp_path: Path
 ) -> None:
     made = made_of(world, 4)
     rounding = apart(logits(made, made.stock), logits(made, models.load(world[0], torch.float32)))
-    frozen = checkpoint.frozen_digest(made.stock)
+    frozen, codes = checkpoint.frozen_digest(made.stock), codes_of(made.stock)
     made.stock.model.language_model.train()
     engine = PlainEngine(made.module, AdamW(), 1.0)
     losses: list[float] = []
@@ -121,6 +131,7 @@ def test_a_run_learns_and_merges_into_a_stock_model_as_near_as_quantising_lets_i
     train(engine, made.collator, Schedule(12, 1e-2, 0.1), 0, after)
     assert losses[-1] < 0.8 * losses[0]
     assert checkpoint.frozen_digest(made.stock) == frozen
+    assert codes and all(torch.equal(value, codes[name]) for name, value in codes_of(made.stock).items())
     checkpoint.save(tmp_path / "saved", engine, checkpoint.Position(12, {}, 12))
     _, saved = checkpoint.opened(tmp_path / "saved", {})
     assert all("lora_" in name or "multi_modal_projector" in name for name in saved.names)
@@ -141,9 +152,12 @@ def test_another_base_has_another_digest(world: tuple[Path, Path], tmp_path: Pat
         with torch.no_grad():
             # The codes stay as they are: only what scales them differs.
             stock.model.language_model.layers[0].mlp.up_proj.weight.mul_(times)
-        quantized.quantize(stock, torch.device("cpu"))
         stock.requires_grad_(False)
-        digests.append(checkpoint.frozen_digest(stock))
+        digest = checkpoint.FrozenDigest()
+        quantized.quantize(stock, torch.device("cpu"), see=digest.add)
+        for name, parameter in stock.named_parameters():
+            digest.add(name, parameter)
+        digests.append(digest.hexdigest())
     assert digests[0] == digests[2] != digests[1]
     written = checkpoint.position_json(checkpoint.Position(1, {"frozen": digests[0]}))
     with pytest.raises(LlavaError, match="frozen differ"):
