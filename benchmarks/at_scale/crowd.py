@@ -27,7 +27,7 @@ from benchmarks.at_scale.stand_ins import (
 from benchmarks.at_scale.tally import Tally, primitives, store_keys
 from components.contract import acquire, open_store
 from components.training import checkpoints
-from components.training.checkpoints import Place
+from components.training.checkpoints import CheckpointFolders
 from components.training.observers.base import Observer, RunState
 from components.training.observers.metrics import Metrics
 from components.training.observers.record import Record
@@ -72,7 +72,7 @@ def member(job: dict[str, Any], index: SampleIndex) -> dict[str, Any]:
     )
     actor = Actor(signals)
     task: Any = SimpleNamespace(settings=settings, folder=folder, guard=guard, earlier=(), training="full")
-    place = Place(folder, guard, 2)
+    place = CheckpointFolders(folder, guard, 2)
     state = RunState(task, engine, plan, Path(job["scratch"]), Client(actor), place, start)
     metrics, identity = sender(), {"seed": 0, "samples": len(index)}
     saving = Timed(state, identity)

@@ -142,9 +142,9 @@ def _state(
         context = SimpleNamespace(get_local_rank=distributed.get_rank)
         run_module.get_context = lambda: context  # type: ignore[attr-defined]
         return RunState(task, engine, plan, scratch, client)  # type: ignore[call-arg]
-    from components.training.checkpoints import Place
+    from components.training.checkpoints import CheckpointFolders
 
-    return RunState(task, engine, plan, scratch, client, Place(store, guard, 2), "bench000")
+    return RunState(task, engine, plan, scratch, client, CheckpointFolders(store, guard, 2), "bench000")
 
 
 @contextlib.contextmanager

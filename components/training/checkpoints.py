@@ -12,10 +12,10 @@ and commits: `COMMITTED` holds size and sha256 of every file and says where each
 import contextlib
 import errno
 import json
+import math
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,11 +40,14 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Damaged(LlavaError):
-    """A checkpoint is not what was committed; the message says what is wrong with it."""
+    """A checkpoint is not what was committed; the message says what is wrong with it.
+
+    A group that starts again goes on from the one before.
+    """
 
 
 @dataclass(frozen=True)
-class Place:
+class CheckpointFolders:
     """Where a run keeps its checkpoints."""
 
     folder: Folder
@@ -97,13 +100,14 @@ def remove(checkpoint: Folder) -> None:
 class Saver:
     """Stores one rank's shares in a thread of its own while training goes on; one at a time, in order."""
 
-    def __init__(self, place: Place, rank: int, world: int, start: str, scratch: Path) -> None:
+    def __init__(self, folders: CheckpointFolders, rank: int, world: int, start: str, scratch: Path) -> None:
         """`start`: the same on all ranks of the group, and of no other group."""
-        self.place, self.rank, self.world, self.start = place, rank, world, start
+        self.folders, self.rank, self.world, self.start = folders, rank, world, start
         self._scratch = scratch
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
-        self._closing = threading.Event()
+        self._until = math.inf
+        """When to stop waiting for the shares of the other ranks."""
 
     def wait(self) -> None:
         """Until this rank's share of the checkpoint before is stored, on rank 0 until all are and it is committed;
@@ -123,24 +127,24 @@ class Saver:
         All ranks call it, each with its own fragments; rank 0 commits when all are there. Returns the checkpoint.
         """
         self.wait()
-        there = self.place.checkpoint(step, self.start)
+        there = self.folders.checkpoint(step, self.start)
         self._pending = self._pool.submit(self._store, there, fragments, more)
         return there
 
     def close(self) -> None:
         """Let a share that is under way arrive; its failure no longer matters to whoever fails himself."""
-        self._closing.set()
+        self._until = time.monotonic() + ARRIVE
         self._pool.shutdown(wait=True)
 
     def _store(self, there: Folder, fragments: Sequence[Fragment], more: Mapping[str, bytes]) -> None:
-        self.place.guard.check()
+        self.folders.guard.check()
         try:
             share = self._written(there, fragments, more)
             there.write(files.share_file(self.rank), json.dumps(share.as_json()).encode())
             if self.rank == 0:
                 self._commit(there)
         except BaseException as error:
-            self._take_away(there)
+            self._take_away(there, more)
             if isinstance(error, OSError) and error.errno in _FULL:
                 full, way_out = there.uri, "make room, or keep fewer with keep_checkpoints"
                 if there.local_path is None:
@@ -151,20 +155,16 @@ class Saver:
                 ) from error
             raise
 
-    def _take_away(self, there: Folder) -> None:
+    def _take_away(self, there: Folder, more: Iterable[str]) -> None:
         """What this rank wrote of a checkpoint that will never be whole. That of others is theirs: they may be at it.
 
         The reason of the failure counts, not how this goes: the next start deletes what is left.
         """
         with contextlib.suppress(Exception):
-            if there.stat(COMMITTED) is None and self.world == 1:
-                there.delete_all()
-            elif there.stat(COMMITTED) is None:
-                own = f"-{self.rank:05d}"
-                for entry in list(there.list()):
-                    name = entry.key.partition(".")[0]
-                    if own in name or (self.rank == 0 and "-" not in name):
-                        there.delete(entry.key)
+            if there.stat(COMMITTED) is None:
+                tensors = (files.file_of(part, self.rank, self.world) for part in PARTS)
+                for name in (*tensors, *more, files.share_file(self.rank)):
+                    there.delete(name)
                 if (path := there.local_path) is not None:
                     path.rmdir()
 
@@ -187,32 +187,29 @@ class Saver:
     def _commit(self, there: Folder) -> None:
         shares = self._arrived(there)
         # Waiting may take longer than a lost lease takes to be taken over.
-        self.place.guard.check()
+        self.folders.guard.check()
         there.write(COMMITTED, json.dumps([share.as_json() for share in shares]).encode())
         # It stands. What cannot be deleted now is deleted the next time.
         with contextlib.suppress(StoreError, OSError):
-            self.place.prune()
+            self.folders.prune()
 
     def _arrived(self, there: Folder) -> list[Share]:
         """What all ranks wrote, by rank, when they have. Each is read as it comes: after the last one little is left
         to do, however many there are."""
         missing, found = {files.share_file(rank): rank for rank in range(self.world)}, dict[int, Share]()
-        pause, end = _EVERY, None
+        pause = _EVERY
         while True:
             for entry in there.list("share-"):
                 if (rank := missing.pop(entry.key, None)) is not None:
                     found[rank] = self._share(there, rank)
             if not missing:
                 return [found[rank] for rank in range(self.world)]
-            if self._closing.wait(pause) and end is None:
-                end = time.monotonic() + ARRIVE
-            if end is not None and time.monotonic() > end:
+            if time.monotonic() > self._until:
                 raise LlavaError(
                     f"checkpoint {there.uri}: the run ended before all ranks had stored their shares"
                 )
-            if end is not None:
-                time.sleep(pause)
-            self.place.guard.check()
+            time.sleep(pause)
+            self.folders.guard.check()
             pause = min(1.0, pause * 1.5)
 
     def _share(self, there: Folder, rank: int) -> Share:
@@ -258,7 +255,7 @@ class Checkpoint:
         try:
             return files.position_of(self.folder.read(files.STATE), plan, self.folder.uri)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise Damaged(
+            raise LlavaError(
                 f"checkpoint {self.folder.uri}: {files.STATE} cannot be read ({type(error).__name__}: {error}): delete "
                 "the checkpoint to resume from the one before"
             ) from None
@@ -272,13 +269,15 @@ class Checkpoint:
         return [self.folder.read(name) for name in sorted(self.files) if name.startswith(prefix)]
 
 
-def newest_whole(place: Place, engine: Engine, tell: Callable[[str], None]) -> Checkpoint | None:
+def newest_whole(
+    folders: CheckpointFolders, engine: Engine, tell: Callable[[str], None]
+) -> Checkpoint | None:
     """The newest checkpoint that is what was committed, or None. All ranks call it.
 
     A damaged one is told of, deleted and passed over.
     """
     chief = engine.rank == 0
-    candidates: list[Folder] = told(engine, place.newest_first() if chief else None)
+    candidates: list[Folder] = told(engine, folders.newest_first() if chief else None)
     for number, folder in enumerate(candidates):
         found, problem = looked_at(folder, engine)
         if not any_of(engine, problem is not None):
@@ -289,7 +288,7 @@ def newest_whole(place: Place, engine: Engine, tell: Callable[[str], None]) -> C
                 "going on from the one before" if candidates[number + 1 :] else "starting from the beginning"
             )
             tell(f"checkpoint {folder.uri} is damaged ({problems[0]}) and is deleted: {then}")
-            place.guard.check()
+            folders.guard.check()
             remove(folder)
     return None
 

@@ -1,8 +1,9 @@
 """DeepSpeed ZeRO 1-3 behind the loop's `Engine`.
 
 DeepSpeed averages gradients over the ranks, so a local sum is scaled by `world / supervised`. Its own
-checkpoints are pickles that need the same world size; the state is read and set through its public
-per-parameter accessors instead (docs/how-it-works.md, "Training").
+checkpoints are pickles that need the same world size. Each rank reads and sets its own part of the state instead: in
+ZeRO-3 through the public accessors of partitions, in ZeRO-1 and 2 through the mapping that the accessors of whole
+parameters are built on, since those add up what all ranks hold (docs/how-it-works.md, "Training").
 """
 
 import os
@@ -95,7 +96,7 @@ class DeepSpeedEngine:
         from deepspeed import utils as access
 
         if self._zero3:
-            start, count = self._place(parameter)
+            start, count = self._partition_of(parameter)
             if not count:
                 return None
             parts = {
@@ -105,14 +106,13 @@ class DeepSpeedEngine:
             }
             # What is over the end only fills up.
             return Fragment(name, start, {part: on_host(value[:count]) for part, value in parts.items()})
-        # The accessors for whole parameters add up what all ranks hold; the piece of this rank is its mapping's.
         if (mapping := parameter._hp_mapping) is None:
             return None
         parts = {part: mapping.get_hp_fragment(_KEYS[part]) for part in PARTS}
         start = mapping.lp_fragment_address.start
         return Fragment(name, start, {part: on_host(value) for part, value in parts.items()})
 
-    def _place(self, parameter: Any) -> tuple[int, int]:
+    def _partition_of(self, parameter: Any) -> tuple[int, int]:
         """First element and number of elements of this rank's partition in ZeRO-3."""
         size, whole = parameter.ds_tensor.numel(), parameter.ds_numel
         start = min(size * self.rank, whole)
@@ -129,7 +129,7 @@ class DeepSpeedEngine:
     def _set_partition(self, name: str, parameter: Any, saved: SavedState) -> None:
         from deepspeed import utils as access
 
-        start, count = self._place(parameter)
+        start, count = self._partition_of(parameter)
         for part, key in _KEYS.items():
             # The setters for whole tensors fail where the size is not divisible by the world size.
             mine = torch.zeros(parameter.ds_tensor.numel(), device=self.device)

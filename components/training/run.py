@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from components.contract import Folder, StoreError, TrackedRun
-from components.training.checkpoints import Checkpoint, looked_at, newest_whole
+from components.contract import Folder, TrackedRun
+from components.training.checkpoints import Checkpoint, Damaged, looked_at, newest_whole
 from components.training.model_files import ModelFiles
 from components.training.observers.base import Observer, RunState
 from components.training.observers.heldout import HeldOutLoss
@@ -38,8 +38,8 @@ class Run:
         """Continue from the newest checkpoint that is whole; returns the steps done."""
         state, step = self.state, 0
         if state.chief:
-            state.place.clean()
-        found = newest_whole(state.place, state.engine, state.client.note)
+            state.folders.clean()
+        found = newest_whole(state.folders, state.engine, state.client.note)
         if found is not None:
             position = found.position(self.identity)
             with contextlib.closing(found.state(position)) as saved:
@@ -107,7 +107,7 @@ class Run:
         """The checkpoint, if it is what was committed. Else the group starts again, from the one before."""
         found, problem = looked_at(folder, self.state.engine)
         if any_of(self.state.engine, problem is not None) or found is None:
-            raise StoreError(
+            raise Damaged(
                 f"checkpoint {folder.uri}, just before the export: {problem or 'another rank found it damaged'}"
             )
         return found

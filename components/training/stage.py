@@ -164,10 +164,10 @@ def _run(job: Job[Any], parts: tuple[str, ...], view: str) -> None:
     except LlavaError:
         raise
     except Exception as error:
+        _raise_told(client, job)
         _take_away_partial(job)
-        _raise_told(client)
         raise LlavaError(f"{job.component}: the training workers failed for good: {error}") from error
-    _raise_told(client)
+    _raise_told(client, job)
     if job.folder.stat(HISTORY) is None:
         raise Preempted(
             f"{job.component}: stopped and saved after step {client.stopped_after()}; "
@@ -177,10 +177,10 @@ def _run(job: Job[Any], parts: tuple[str, ...], view: str) -> None:
 
 def _take_away_partial(job: Job[Any]) -> None:
     """Delete checkpoints that no rank will finish any more: a full disk has room again at once."""
-    from components.training.checkpoints import Place
+    from components.training.checkpoints import CheckpointFolders
 
     with contextlib.suppress(Exception):
-        Place(job.folder, job.lease.guard, job.settings.keep_checkpoints, job.earlier).clean()
+        CheckpointFolders(job.folder, job.lease.guard, job.settings.keep_checkpoints, job.earlier).clean()
 
 
 def _trainer(job: Job[Any], task: Task) -> Any:
@@ -261,8 +261,9 @@ def _saved(done: Future[None], client: ProgressClient, job: Job[Any]) -> int | N
     return client.stopped_after()
 
 
-def _raise_told(client: ProgressClient) -> None:
+def _raise_told(client: ProgressClient, job: Job[Any]) -> None:
     if failure := client.failure():
+        _take_away_partial(job)
         message, status = failure
         raise _ERRORS.get(status, LlavaError)(message)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from components.contract import Folder
 from components.training.board import ProgressClient
-from components.training.checkpoints import Place
+from components.training.checkpoints import CheckpointFolders
 from components.training.record import Entry
 from components.training.task import Task
 from llava.data.plan import BatchPlan
@@ -26,7 +26,7 @@ class RunState:
     scratch: Path
     """An empty local folder, gone when the run ends."""
     client: ProgressClient
-    place: Place
+    folders: CheckpointFolders
     """Where checkpoints lie."""
     start: str
     """Names this start of the worker group, the same on all ranks."""

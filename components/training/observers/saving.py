@@ -24,7 +24,7 @@ class Saving(Observer):
         self._own: list[dict[str, Any]] = []
         self._saved = 0
         """The step of the last checkpoint, also of one that was gone on from."""
-        self._saver = Saver(state.place, state.engine.rank, state.engine.world, state.start, state.scratch)
+        self._saver = Saver(state.folders, state.engine.rank, state.engine.world, state.start, state.scratch)
 
     def resumed(self, step: int) -> None:
         self._saved = step

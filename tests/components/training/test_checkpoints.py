@@ -13,8 +13,16 @@ import torch
 
 from components.contract import Folder, Lease, LeaseLost, StoreError, acquire, open_store
 from components.contract.store.folder import FolderStore
-from components.training import checkpoints
-from components.training.checkpoints import COMMITTED, Checkpoint, Place, Saver, newest_whole
+from components.training import checkpoints, worker
+from components.training.checkpoints import (
+    COMMITTED,
+    Checkpoint,
+    CheckpointFolders,
+    Damaged,
+    Saver,
+    newest_whole,
+)
+from components.training.run import Run
 from llava.errors import LlavaError
 from llava.training import checkpoint as files
 from llava.training.checkpoint import PARTS, Fragment
@@ -30,8 +38,8 @@ def held(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Folde
         yield folder, lease
 
 
-def place_of(held: tuple[Folder, Lease], keep: int = 2) -> Place:
-    return Place(held[0], held[1].guard, keep)
+def folders_of(held: tuple[Folder, Lease], keep: int = 2) -> CheckpointFolders:
+    return CheckpointFolders(held[0], held[1].guard, keep)
 
 
 def fragment(start: int, count: int) -> Fragment:
@@ -48,12 +56,14 @@ def save(saver: Saver, step: int, more: dict[str, bytes] | None = None) -> Folde
     return saver.save(step, [fragment(0, 10)], {files.STATE: position} | (more or {}))
 
 
-def saver_of(place: Place, tmp_path: Path, start: str = "aaaaaaaa", rank: int = 0, world: int = 1) -> Saver:
-    return Saver(place, rank, world, start, tmp_path)
+def saver_of(
+    folders: CheckpointFolders, tmp_path: Path, start: str = "aaaaaaaa", rank: int = 0, world: int = 1
+) -> Saver:
+    return Saver(folders, rank, world, start, tmp_path)
 
 
-def committed(place: Place) -> list[int]:
-    return [int(folder.uri.rsplit("/", 1)[1][:9]) for folder in place.newest_first()]
+def committed(folders: CheckpointFolders) -> list[int]:
+    return [int(folder.uri.rsplit("/", 1)[1][:9]) for folder in folders.newest_first()]
 
 
 def flip(folder: Folder, key: str) -> None:
@@ -67,19 +77,19 @@ def flip(folder: Folder, key: str) -> None:
 def test_a_checkpoint_is_committed_when_every_rank_has_stored_its_share(
     held: tuple[Folder, Lease], tmp_path: Path
 ) -> None:
-    place = place_of(held)
-    first, second = (saver_of(place, tmp_path, rank=rank, world=2) for rank in (0, 1))
+    folders = folders_of(held)
+    first, second = (saver_of(folders, tmp_path, rank=rank, world=2) for rank in (0, 1))
     position = {files.STATE: files.position_json(files.Position(1, {"seed": 1}, 1))}
     first.save(1, [fragment(0, 6)], position)
     with pytest.raises(TimeoutError):
         first._pending.result(timeout=0.5)  # type: ignore[union-attr]
-    assert committed(place) == []
+    assert committed(folders) == []
     second.save(1, [fragment(6, 4)], {"ids-00001.jsonl": b"{}\n"})
     for saver in (second, first):
         saver.wait()
         saver.close()
-    assert committed(place) == [1]
-    found = Checkpoint(place.newest_first()[0])
+    assert committed(folders) == [1]
+    found = Checkpoint(folders.newest_first()[0])
     state = found.state(found.position({"seed": 1}))
     for number, part in enumerate(PARTS):
         assert state.read(part, NAME, 4, 8).tolist() == [number * 1000 + each for each in (4, 5, 6, 7)]
@@ -93,19 +103,19 @@ def test_a_checkpoint_is_committed_when_every_rank_has_stored_its_share(
 def test_the_newest_are_kept_and_training_goes_on_while_one_is_stored(
     held: tuple[Folder, Lease], tmp_path: Path
 ) -> None:
-    place = place_of(held)
-    saver = saver_of(place, tmp_path)
+    folders = folders_of(held)
+    saver = saver_of(folders, tmp_path)
     slow = threading.Event()
     slowly = saver._written
     saver._written = lambda *given: slow.wait(30) and slowly(*given)  # type: ignore[method-assign, assignment, return-value]
     save(saver, 1)
-    assert committed(place) == []
+    assert committed(folders) == []
     threading.Timer(0.2, slow.set).start()
     for step in (2, 3, 4):
         save(saver, step)
-        assert committed(place)[0] == step - 1
+        assert committed(folders)[0] == step - 1
     saver.wait()
-    assert committed(place) == [4, 3]
+    assert committed(folders) == [4, 3]
     saver.close()
 
 
@@ -113,37 +123,37 @@ def test_the_newest_are_kept_and_training_goes_on_while_one_is_stored(
 def test_a_damaged_checkpoint_is_told_of_and_the_one_before_is_taken(
     held: tuple[Folder, Lease], tmp_path: Path, what: str
 ) -> None:
-    place = place_of(held)
-    saver = saver_of(place, tmp_path)
-    folders = [save(saver, step, {"ids-00000.jsonl": b'{"step": 1}\n' * 9}) for step in (1, 2)]
+    folders = folders_of(held)
+    saver = saver_of(folders, tmp_path)
+    saved = [save(saver, step, {"ids-00000.jsonl": b'{"step": 1}\n' * 9}) for step in (1, 2)]
     saver.wait()
     saver.close()
     tensors = files.file_of("exp_avg", 0, 1)
     if what == "a tensor":
-        flip(folders[1], tensors)
+        flip(saved[1], tensors)
     elif what == "the record":
-        flip(folders[1], "ids-00000.jsonl")
+        flip(saved[1], "ids-00000.jsonl")
     elif what == "the marker":
-        folders[1].write(COMMITTED, folders[1].read(COMMITTED)[:-20])
+        saved[1].write(COMMITTED, saved[1].read(COMMITTED)[:-20])
     elif what == "a missing file":
-        folders[1].delete(tensors)
+        saved[1].delete(tensors)
     else:
-        folders[1].write(tensors, folders[1].read(tensors)[:-1])
+        saved[1].write(tensors, saved[1].read(tensors)[:-1])
     told: list[str] = []
-    found = newest_whole(place, ALONE, told.append)
-    assert found is not None and found.folder == folders[0]
+    found = newest_whole(folders, ALONE, told.append)
+    assert found is not None and found.folder == saved[0]
     assert len(told) == 1 and "is damaged" in told[0] and told[0].endswith("going on from the one before")
-    assert folders[1].uri in told[0]
+    assert saved[1].uri in told[0]
     # It is out of the way, so that it counts for nothing and misleads nobody.
-    assert list(folders[1].list()) == []
-    flip(folders[0], tensors)
-    assert newest_whole(place, ALONE, told.append) is None
+    assert list(saved[1].list()) == []
+    flip(saved[0], tensors)
+    assert newest_whole(folders, ALONE, told.append) is None
     assert told[1].endswith("starting from the beginning")
 
 
 def test_a_marker_that_names_other_places_is_damaged(held: tuple[Folder, Lease], tmp_path: Path) -> None:
-    place = place_of(held)
-    saver = saver_of(place, tmp_path)
+    folders = folders_of(held)
+    saver = saver_of(folders, tmp_path)
     folder = save(saver, 1)
     saver.wait()
     saver.close()
@@ -157,18 +167,18 @@ def test_a_marker_that_names_other_places_is_damaged(held: tuple[Folder, Lease],
         marker = json.loads(folder.read(COMMITTED))
         marker[0]["files"] = change
         folder.write(COMMITTED, json.dumps(marker).encode())
-        with pytest.raises(checkpoints.Damaged):
+        with pytest.raises(Damaged):
             Checkpoint(folder)
 
 
 def test_a_full_disk_leaves_nothing_of_the_checkpoint_and_says_so(tmp_path: Path) -> None:
     folder = open_store(tmp_path / "root").sub("finetune/0123")
     with acquire(folder) as lease:
-        place = Place(folder, lease.guard, 2)
-        saver = saver_of(place, tmp_path)
+        folders = CheckpointFolders(folder, lease.guard, 2)
+        saver = saver_of(folders, tmp_path)
         save(saver, 1)
         saver.wait()
-        there = place.checkpoint(2, "aaaaaaaa")
+        there = folders.checkpoint(2, "aaaaaaaa")
         assert there.local_path is not None
         there.local_path.mkdir(parents=True)
         # A device that is always full stands for the last file, when the tensors are written.
@@ -177,31 +187,31 @@ def test_a_full_disk_leaves_nothing_of_the_checkpoint_and_says_so(tmp_path: Path
         with pytest.raises(LlavaError, match=r"No space left on device: make room, or .*keep_checkpoints"):
             saver.wait()
         assert not there.local_path.exists()
-        assert committed(place) == [1]
+        assert committed(folders) == [1]
         saver.close()
 
 
 def test_what_a_kill_left_unfinished_goes_when_the_next_group_starts(
     held: tuple[Folder, Lease], tmp_path: Path
 ) -> None:
-    place = place_of(held)
-    saver = saver_of(place, tmp_path, "aaaaaaaa")
+    folders = folders_of(held)
+    saver = saver_of(folders, tmp_path, "aaaaaaaa")
     save(saver, 1)
     saver.wait()
     saver.close()
-    half = place.checkpoint(2, "aaaaaaaa")
+    half = folders.checkpoint(2, "aaaaaaaa")
     half.write(files.file_of("weights", 1, 2), b"half a share")
     held[0].write("checkpoints/ray/state.json", b"not ours")
-    place.clean()
-    assert list(half.list()) == [] and committed(place) == [1]
+    folders.clean()
+    assert list(half.list()) == [] and committed(folders) == [1]
     assert held[0].read("checkpoints/ray/state.json") == b"not ours"
 
 
 def test_what_a_rank_wrote_is_read_when_it_comes_and_not_after_the_last(
     held: tuple[Folder, Lease], tmp_path: Path
 ) -> None:
-    place = place_of(held)
-    savers = [saver_of(place, tmp_path, rank=rank, world=3) for rank in range(3)]
+    folders = folders_of(held)
+    savers = [saver_of(folders, tmp_path, rank=rank, world=3) for rank in range(3)]
     read: list[int] = []
     came = threading.Event()
     share = savers[0]._share
@@ -222,31 +232,31 @@ def test_what_a_rank_wrote_is_read_when_it_comes_and_not_after_the_last(
         saver.wait()
         saver.close()
     assert read[2:] == [2]
-    assert committed(place) == [1]
+    assert committed(folders) == [1]
 
 
 def test_two_starts_of_a_group_never_write_into_one_checkpoint(
     held: tuple[Folder, Lease], tmp_path: Path
 ) -> None:
-    place = place_of(held)
-    before = saver_of(place, tmp_path, "bbbbbbbb", rank=1, world=2)
+    folders = folders_of(held)
+    before = saver_of(folders, tmp_path, "bbbbbbbb", rank=1, world=2)
     before.save(5, [fragment(0, 10)], {})
     before.wait()
-    after = saver_of(place, tmp_path, "aaaaaaaa")
+    after = saver_of(folders, tmp_path, "aaaaaaaa")
     save(after, 5)
     after.wait()
     for saver in (before, after):
         saver.close()
-    assert committed(place) == [5]
-    assert Checkpoint(place.newest_first()[0]).folder.uri.endswith("aaaaaaaa")
+    assert committed(folders) == [5]
+    assert Checkpoint(folders.newest_first()[0]).folder.uri.endswith("aaaaaaaa")
 
 
 def test_a_run_that_lost_its_artifact_commits_no_checkpoint(
     held: tuple[Folder, Lease], tmp_path: Path
 ) -> None:
     _, lease = held
-    place = place_of(held)
-    saver = saver_of(place, tmp_path)
+    folders = folders_of(held)
+    saver = saver_of(folders, tmp_path)
     written = saver._written
 
     def losing(*given: Any) -> Any:
@@ -258,31 +268,31 @@ def test_a_run_that_lost_its_artifact_commits_no_checkpoint(
     save(saver, 1)
     with pytest.raises(LeaseLost):
         saver.wait()
-    assert committed(place) == []
+    assert committed(folders) == []
     saver.close()
 
 
 def test_a_share_that_arrives_while_the_run_ends_is_waited_for(
     held: tuple[Folder, Lease], tmp_path: Path
 ) -> None:
-    place = place_of(held)
-    first, second = (saver_of(place, tmp_path, rank=rank, world=2) for rank in (0, 1))
+    folders = folders_of(held)
+    first, second = (saver_of(folders, tmp_path, rank=rank, world=2) for rank in (0, 1))
     save(first, 1)
     threading.Timer(0.5, lambda: second.save(1, [], {})).start()
     first.close()
     second.close()
-    assert committed(place) == [1]
+    assert committed(folders) == [1]
 
 
 def test_who_waits_for_shares_that_never_come_ends_with_the_run(
     held: tuple[Folder, Lease], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoints, "ARRIVE", 0.3)
-    place = place_of(held)
-    saver = saver_of(place, tmp_path, world=2)
+    folders = folders_of(held)
+    saver = saver_of(folders, tmp_path, world=2)
     save(saver, 1)
     saver.close()
-    assert committed(place) == []
+    assert committed(folders) == []
     with pytest.raises(LlavaError, match="before all ranks had stored"):
         saver.wait()
 
@@ -309,14 +319,16 @@ class Away(FolderStore):
 
 
 @pytest.fixture
-def away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+def away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[CheckpointFolders]:
     monkeypatch.setattr(Away, "failing", set())
     folder = Away(tmp_path / "root/finetune/0123")
     with acquire(folder) as lease:
-        yield Place(folder, lease.guard, 1)
+        yield CheckpointFolders(folder, lease.guard, 1)
 
 
-def test_a_store_that_is_away_for_a_moment_costs_no_checkpoint(away: Place, tmp_path: Path) -> None:
+def test_a_store_that_is_away_for_a_moment_costs_no_checkpoint(
+    away: CheckpointFolders, tmp_path: Path
+) -> None:
     saver = saver_of(away, tmp_path)
     save(saver, 1)
     saver.wait()
@@ -328,7 +340,9 @@ def test_a_store_that_is_away_for_a_moment_costs_no_checkpoint(away: Place, tmp_
     assert committed(away) == [1]
 
 
-def test_what_cannot_be_deleted_after_the_commit_costs_no_checkpoint(away: Place, tmp_path: Path) -> None:
+def test_what_cannot_be_deleted_after_the_commit_costs_no_checkpoint(
+    away: CheckpointFolders, tmp_path: Path
+) -> None:
     saver = saver_of(away, tmp_path)
     save(saver, 1)
     saver.wait()
@@ -347,8 +361,8 @@ def test_a_rank_that_fails_after_the_commit_takes_nothing_away(
     held: tuple[Folder, Lease], tmp_path: Path
 ) -> None:
     """Its share arrived, and the answer that said so was lost."""
-    place = place_of(held, keep=1)
-    first, second = (saver_of(place, tmp_path, rank=rank, world=2) for rank in (0, 1))
+    folders = folders_of(held, keep=1)
+    first, second = (saver_of(folders, tmp_path, rank=rank, world=2) for rank in (0, 1))
     written = second._written
 
     def late(*given: Any) -> Any:
@@ -363,8 +377,8 @@ def test_a_rank_that_fails_after_the_commit_takes_nothing_away(
     second.save(1, [], {})
     with pytest.raises(StoreError, match="timed out"):
         second.wait()
-    assert committed(place) == [1]
-    found = newest_whole(place, ALONE, pytest.fail)
+    assert committed(folders) == [1]
+    found = newest_whole(folders, ALONE, pytest.fail)
     assert found is not None
     for saver in (first, second):
         saver.close()
@@ -373,18 +387,20 @@ def test_a_rank_that_fails_after_the_commit_takes_nothing_away(
 @pytest.mark.parametrize(
     "marker", ["[]", "{}", '[{"files": {}, "pieces": {"a": [0, 1]}}]', '[{"files": {}}]']
 )
-def test_a_marker_that_names_too_little_is_damaged(away: Place, tmp_path: Path, marker: str) -> None:
+def test_a_marker_that_names_too_little_is_damaged(
+    away: CheckpointFolders, tmp_path: Path, marker: str
+) -> None:
     saver = saver_of(away, tmp_path)
     folder = save(saver, 1)
     saver.wait()
     saver.close()
     folder.write(COMMITTED, marker.encode())
-    with pytest.raises(checkpoints.Damaged):
+    with pytest.raises(Damaged):
         Checkpoint(folder)
 
 
 def test_a_failed_share_is_told_before_the_next_save(held: tuple[Folder, Lease], tmp_path: Path) -> None:
-    saver = saver_of(place_of(held), tmp_path)
+    saver = saver_of(folders_of(held), tmp_path)
 
     def fails(*given: Any) -> Any:
         raise StoreError("no answer")
@@ -396,3 +412,44 @@ def test_a_failed_share_is_told_before_the_next_save(held: tuple[Folder, Lease],
             saver.check()
             time.sleep(0.02)
     saver.close()
+
+
+def test_a_checkpoint_that_is_damaged_just_before_the_export_starts_the_group_again(
+    held: tuple[Folder, Lease], tmp_path: Path
+) -> None:
+    """Nothing of it goes into the model, and no final failure is reported: the next start takes the one before."""
+    folders = folders_of(held)
+    saver = saver_of(folders, tmp_path)
+    before, last = (save(saver, step) for step in (1, 2))
+    saver.wait()
+    saver.close()
+    state: Any = SimpleNamespace(engine=ALONE)
+    run = Run(state, {}, [])
+    assert run._checked(last).folder == last
+    flip(last, files.file_of("weights", 0, 1))
+    with pytest.raises(Damaged, match=r"before the export: weights-.* has other contents"):
+        run._checked(last)
+    found = newest_whole(folders, ALONE, lambda told: None)
+    assert found is not None and found.folder == before
+
+
+@pytest.mark.parametrize("error", [StoreError("away"), Damaged("a bit flipped")])
+def test_the_driver_hears_nothing_of_what_another_start_may_mend(
+    monkeypatch: pytest.MonkeyPatch, error: LlavaError
+) -> None:
+    told: list[str] = []
+    client = SimpleNamespace(failure=lambda: None, fail=lambda message, status: told.append(message))
+    task: Any = SimpleNamespace(progress_actor=None, dataset=SimpleNamespace(uri="here"))
+    monkeypatch.setattr(worker, "ProgressClient", lambda actor: client)
+
+    def failing(given: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(worker, "_work", failing)
+    with pytest.raises(type(error)):
+        worker.work(task)
+    assert told == []
+    error = LlavaError("for good")
+    with pytest.raises(LlavaError):
+        worker.work(task)
+    assert told == ["for good"]

@@ -9,7 +9,7 @@ from random import Random
 import torch
 
 from components.contract import acquire, open_store
-from components.training.checkpoints import COMMITTED, Checkpoint, Damaged, Place, Saver
+from components.training.checkpoints import COMMITTED, Checkpoint, CheckpointFolders, Damaged, Saver
 from llava.data.jsonl import from_json
 from llava.training import checkpoint as files
 from llava.training.checkpoint import PARTS, Fragment
@@ -22,7 +22,7 @@ _NAMES = ("model.multi_modal_projector.linear_1.weight", "lm_head.weight")
 def checkpoints(place: Path) -> Kind:
     folder = open_store(place / "root").sub("finetune/0123")
     with acquire(folder) as lease:
-        saver = Saver(Place(folder, lease.guard, 2), 0, 1, "aaaaaaaa", place)
+        saver = Saver(CheckpointFolders(folder, lease.guard, 2), 0, 1, "aaaaaaaa", place)
         pieces = [Fragment(name, 0, dict.fromkeys(PARTS, torch.arange(12.0))) for name in _NAMES]
         position = files.position_json(files.Position(3, {"seed": 1, "parts": ["projector"]}, 3))
         there = saver.save(3, pieces, {files.STATE: position})
