@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks.at_scale import page, projection
+from benchmarks.at_scale import output, page, projection
 from benchmarks.at_scale.models import Made, make_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,13 +100,7 @@ def main() -> None:
     report["rates"] = rates._asdict()
     report["projection"] = projection.table(rates)
     report["formulas"] = projection.checked(report["summary"], made)
-    text = page.checkpoints(report)
-    print(text)
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        goal = options.out / "checkpoints"
-        goal.with_suffix(".md").write_text(text)
-        goal.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    output.write(options.out, "checkpoints", page.checkpoints(report), report)
 
 
 def measured(

@@ -8,7 +8,6 @@ resume. `benchmarks/at_scale/stand_ins.py` has what stands in for a model, for R
 """
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -21,7 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.at_scale import crowd, crowd_page, growth, stand_ins
+from benchmarks.at_scale import crowd, crowd_page, growth, output, stand_ins
 from benchmarks.at_scale.group import Outcome, run_group, values_of
 from components.contract import open_store
 from components.training.checkpoints import COMMITTED
@@ -55,13 +54,7 @@ def main() -> None:
     }
     report["growth"] = growth.fits(found)
     report["minutes"] = (time.time() - began) / 60
-    text = crowd_page.page(report)
-    print(text)
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        goal = options.out / "ranks"
-        goal.with_suffix(".md").write_text(text)
-        goal.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    output.write(options.out, "ranks", crowd_page.page(report), report)
     over = [row["world"] for row in found if row["bookkeeping"]["extra"] > BOUND]
     if over:
         sys.exit(f"rank 0 takes more than {BOUND * 1e3:g} ms a step beyond the others at {over} ranks")

@@ -99,7 +99,7 @@ def _loaded(source: Path, config: dict[str, Any]) -> Any:
     from components.training.deepspeed_engine import partition
     from llava.placing import place
 
-    stock = models.load(source, models.dtype_of(models.load_config(source)))
+    stock = models.load(source, models.stored_dtype(source) or torch.bfloat16)
     models.set_trainable(stock, _PARTS)
     frozen = checkpoint.FrozenDigest()
     cut = partial(partition, config=config) if config["zero_optimization"]["stage"] == 3 else None
