@@ -287,7 +287,7 @@ def _host_lines(stage: StagePlan, gpus: int) -> Iterator[str]:
     """What the start, checkpoints and the export take."""
     host, best = stage.host, stage.best
     if best.memory.start:
-        yield f"  start: {best.memory.start / GIB:.1f} GiB per GPU, a block whole at a time"
+        yield f"  start: {best.memory.start / GIB:.1f} GiB per GPU, one block at a time"
     yield f"  checkpoint: {stage.checkpoint / GIB:.1f} GiB; each rank writes {stage.checkpoint / gpus / GIB:.1f} GiB"
     yield f"  model at the end: {stage.model / GIB:.1f} GiB, {host.exporting / GIB:.1f} GiB of it in memory at a time"
     node = min(gpus, PER_NODE)

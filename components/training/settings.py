@@ -102,7 +102,7 @@ class TrainSettings(Settings):
     lora_dropout: float = Field(0.05, ge=0, lt=1, description="Of the adapters' input")
     lora_bits: Literal[16, 4] = Field(
         16,
-        description="Of the language model's linear layers while adapters train: 4 is QLoRA; the checkpoint has 16",
+        description="Bits of the language model's linear layers during LoRA: 4 is QLoRA; the exported model has 16",
     )
 
     workers: int = run_field(1, gt=0, description="Ray Train workers; one GPU each where there are GPUs")
@@ -119,8 +119,8 @@ class TrainSettings(Settings):
     )
     offload: bool = run_field(
         False,
-        description="Keep fp32 weights, moments and gradients in host memory and update them there: less GPU memory, a "
-        "slower update; with zero_stage 2, 3 or auto",
+        description="Keep fp32 weights, moments and gradients in host memory and run AdamW there: less GPU memory, slower "
+        "updates; needs zero_stage 2, 3 or auto",
     )
     checkpointing: Literal["none", "selective", "full", "auto"] = run_field(
         "none",

@@ -42,7 +42,7 @@ def give_memory(job: dict[str, Any], config: WorkflowConfig) -> list[str]:
             try:
                 needs = list(estimate.host_needs(config, gpus))
             except LlavaError as error:
-                return [f"memory of the pods was not looked at: {error}"]
+                return [f"pod memory was not checked: {error}"]
             if not needs:
                 continue
             stage, host, whole = max(needs, key=lambda need: need[2])
