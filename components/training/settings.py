@@ -119,8 +119,8 @@ class TrainSettings(Settings):
     )
     offload: bool = run_field(
         False,
-        description="Keep fp32 weights, moments and gradients in host memory and run AdamW there: less GPU memory, slower "
-        "updates; needs zero_stage 2, 3 or auto",
+        description="Keep fp32 weights, moments and gradients in host memory and run AdamW there: less GPU memory, "
+        "slower updates; needs zero_stage 2, 3 or auto",
     )
     checkpointing: Literal["none", "selective", "full", "auto"] = run_field(
         "none",
